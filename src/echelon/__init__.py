@@ -1,0 +1,3 @@
+"""Echelon: hierarchical LLM + multi-agent reinforcement learning."""
+
+__version__ = "0.1.0"

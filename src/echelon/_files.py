@@ -1,0 +1,145 @@
+"""Files that appear whole or not at all, and the hashes that say what belongs together."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from echelon.errors import EchelonError
+
+__all__ = [
+    "atomic_directory",
+    "atomic_write_bytes",
+    "atomic_write_json",
+    "atomic_write_text",
+    "explain_os_error",
+    "read_json",
+    "remove_leftovers",
+    "sha256_file",
+]
+
+_TEMP_MARK = ".echelon-tmp-"
+
+
+def explain_os_error(error: OSError, path: Path) -> EchelonError:
+    """One clear line for the common ways in which a file can't be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EchelonError(f"no space left on the disk while writing {path}: free some and try again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return EchelonError(f"may not write {path}: {error.strerror or error}")
+    return EchelonError(f"could not write {path}: {error.strerror or error}")
+
+
+def _temp_sibling(path: Path) -> Path:
+    return path.with_name(f"{_TEMP_MARK}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself is durable only once the folder is.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all, and durable when this returns.
+
+    Raises:
+        EchelonError: the disk is full or the place can't be written; whatever stood at `path` still does.
+    """
+    temp = _temp_sibling(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        # After the rename there is nothing left to remove; after a failure or Ctrl-C there is.
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """`atomic_write_bytes` of JSON with sorted keys; NaN and infinity are refused."""
+    atomic_write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` whole when the block ends well.
+
+    A folder that stood at `path` is replaced (it is moved aside first, so a crash between the two
+    renames leaves it findable as a leftover rather than lost).
+
+    Raises:
+        EchelonError: the disk is full or the place can't be written; nothing stands at `path` that didn't.
+    """
+    temp = _temp_sibling(path)
+    try:
+        temp.mkdir(parents=True)
+        yield temp
+        for file in sorted(temp.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        _sync_folder(temp)
+        if path.exists():
+            old = _temp_sibling(path)
+            path.rename(old)
+            temp.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temp.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that died (kill -9) left in `folder`; those of living processes stay."""
+    for item in folder.glob(f"{_TEMP_MARK}*"):
+        pid = item.name[len(_TEMP_MARK) :].split("-", 1)[0]
+        if pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
+            continue
+        if item.is_dir():
+            shutil.rmtree(item, ignore_errors=True)
+        else:
+            item.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON value in `path`; a missing or broken file is one clear line that names `what` it is."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EchelonError(f"no {what} at {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EchelonError(f"{what} {path} is damaged: {error}") from None
