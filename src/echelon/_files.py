@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,11 +17,13 @@ from typing import Any
 from echelon.errors import EchelonError
 
 __all__ = [
+    "JsonLines",
     "atomic_directory",
     "atomic_write_bytes",
     "atomic_write_json",
     "atomic_write_text",
     "explain_os_error",
+    "only_writer",
     "read_json",
     "remove_leftovers",
     "sha256_file",
@@ -143,3 +146,68 @@ def read_json(path: Path, what: str) -> Any:
         raise EchelonError(f"no {what} at {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EchelonError(f"{what} {path} is damaged: {error}") from None
+
+
+class JsonLines:
+    """A file of JSON values, one a line, that a resumed run cuts back to where its checkpoint stood."""
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """Open `path`, keeping its first `size` bytes.
+
+        Raises:
+            EchelonError: the file can't be written, or is shorter than `size` (something else cut it).
+        """
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            have = self._file.tell()
+            if have < size:
+                raise EchelonError(f"{path} is damaged: it has {have} bytes, the checkpoint knew of {size}")
+            self._file.truncate(size)
+        except OSError as error:
+            raise explain_os_error(error, path) from error
+        self._size = size
+
+    def write(self, value: Any) -> None:
+        """Append one value; a line is in the file whole or, after a crash, cut off by the next resume."""
+        line = json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        self._size += len(line)
+
+    def sync(self) -> int:
+        """Make what was written durable; the file's size in bytes, to be kept in a checkpoint."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        return self._size
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone.
+
+    Raises:
+        EchelonError: another living process holds it. (A dead one's hold is gone with it.)
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise EchelonError(f"{folder} is in use by another process: wait for it or stop it") from None
+        yield

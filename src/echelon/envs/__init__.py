@@ -16,6 +16,9 @@ from echelon.envs.base import (
     TaskView,
     ZoneView,
 )
+from echelon.envs.checks import check_env
+from echelon.envs.repair import Repair, RepairConfig
+from echelon.envs.search import Search, SearchConfig
 from echelon.envs.warehouse import Warehouse, WarehouseConfig
 from echelon.errors import EchelonError, unknown_name
 
@@ -25,13 +28,19 @@ __all__ = [
     "Candidates",
     "GridConfig",
     "GridEnv",
+    "Repair",
+    "RepairConfig",
     "Scene",
+    "Search",
+    "SearchConfig",
     "Subgoal",
     "SubgoalKind",
     "TaskView",
     "Warehouse",
     "WarehouseConfig",
     "ZoneView",
+    "check_env",
+    "env_name",
     "environments",
     "make",
     "register",
@@ -48,6 +57,18 @@ def register(config: type[GridConfig], env: type[GridEnv[Any]]) -> None:
 def environments() -> dict[str, type[GridConfig]]:
     """The config class of each known environment, by name."""
     return {name: config for name, (config, _) in sorted(_REGISTRY.items())}
+
+
+def env_name(config: GridConfig) -> str:
+    """The name of the environment that a config belongs to.
+
+    Raises:
+        EchelonError: it belongs to none that is registered.
+    """
+    for name, (config_class, _) in _REGISTRY.items():
+        if type(config) is config_class:
+            return name
+    raise EchelonError(f"no environment is registered for {type(config).__name__}")
 
 
 def make(
@@ -81,3 +102,5 @@ def make(
 
 
 register(WarehouseConfig, Warehouse)
+register(SearchConfig, Search)
+register(RepairConfig, Repair)

@@ -32,6 +32,7 @@ __all__ = [
     "SubgoalKind",
     "TaskView",
     "ZoneView",
+    "subgoal_text",
 ]
 
 ACTIONS = ("stay", "north", "east", "south", "west")
@@ -76,6 +77,23 @@ class Subgoal:
     deadline: int | None = None
 
 
+_SUBGOAL_WORDS = {
+    SubgoalKind.WAIT: "wait",
+    SubgoalKind.CELL: "go to {target}",
+    SubgoalKind.REGION: "search around {target}",
+    SubgoalKind.DIRECTION: "go towards {target}",
+    SubgoalKind.FETCH: "fetch package {task} at {target}",
+    SubgoalKind.DELIVER: "deliver package {task} to {target}",
+    SubgoalKind.REPAIR: "repair machine {task} at {target}",
+    SubgoalKind.TOOL: "take tool {task} at {target}",
+}
+
+
+def subgoal_text(kind: SubgoalKind, target: tuple[int, int], task: int) -> str:
+    """A subgoal in words; `target` as (row, col)."""
+    return _SUBGOAL_WORDS[kind].format(target=target, task=task)
+
+
 @dataclass(frozen=True)
 class AgentView:
     """One agent in a scene: its id, cell (row, col), and the task or tool that it carries (or None)."""
@@ -97,6 +115,7 @@ class TaskView:
         goal: where it must be brought, or None.
         status: a word of the world's own ("waiting", "carried", …).
         needs: id of the task or tool without which it can't be done, or None.
+        locked_by: id of the task that must be done first, or None.
     """
 
     id: int
@@ -106,6 +125,7 @@ class TaskView:
     goal: tuple[int, int] | None
     status: str
     needs: int | None = None
+    locked_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +257,7 @@ class GridEnv(ABC, Generic[C]):
             raise EchelonError(f"seed is {seed}: it must be at least 0")
         self.config = config
         self.num_envs, self.num_agents, self.num_actions = num_envs, config.num_agents, len(ACTIONS)
-        self.map_file: MapFile | None = read_map(config.map) if config.map is not None else None
+        self.map_file: MapFile | None = read_map(Path(config.map)) if config.map is not None else None
         self.height, self.width = self._sides()
         self._check_config()
         self.view = config.view
@@ -279,6 +299,8 @@ class GridEnv(ABC, Generic[C]):
         self._scratch = np.zeros((3, self.num_cells), np.int32)
         self._target = np.zeros(A, np.int32)
         self._every = np.ones(W, bool)
+        self._kind_status = np.array([self.kind_status.get(kind, -1) for kind in SubgoalKind], np.int8)
+        self._kind_holder = np.array([kind in self.kind_holder for kind in SubgoalKind], bool)
         self._build()
         self.reset()
 
@@ -321,6 +343,10 @@ class GridEnv(ABC, Generic[C]):
     @abstractmethod
     def candidates(cls, scene: Scene, agent: int) -> tuple[Subgoal, ...]:
         """The subgoals that make sense now for one agent, never empty."""
+
+    @staticmethod
+    def _subgoal(kind: SubgoalKind, target: tuple[int, int], task: int | None = None) -> Subgoal:
+        return Subgoal(kind, target, task, subgoal_text(kind, target, -1 if task is None else task))
 
     _own_state: tuple[str, ...] = ()
 
@@ -367,11 +393,15 @@ class GridEnv(ABC, Generic[C]):
         Raises:
             EchelonError: the actions have another shape or are no moves.
         """
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs, self.num_agents) or actions.min() < 0 or actions.max() > 4:
-            raise EchelonError(f"actions must be ({self.num_envs}, {self.num_agents}) integers from 0 to 4")
-        self.advance(actions.astype(np.int8, copy=False))
+        self.advance(self._checked(actions))
         return self.autoreset()
+
+    def _checked(self, actions: NDArray[Any]) -> NDArray[np.int8]:
+        actions = np.asarray(actions)
+        shape = (self.num_envs, self.num_agents)
+        if actions.shape != shape or actions.dtype.kind not in "iu" or actions.min() < 0 or actions.max() > 4:
+            raise EchelonError(f"actions must be ({self.num_envs}, {self.num_agents}) integers from 0 to 4")
+        return actions.astype(np.int8, copy=False)
 
     def states(self, out: NDArray[np.int8], rows: NDArray[np.int64] | None = None) -> NDArray[np.int8]:
         """Write the centralised state of the worlds `rows` (default: all) into `out`.
@@ -388,12 +418,42 @@ class GridEnv(ABC, Generic[C]):
         )  # fmt: skip
         return out
 
+    def subgoals_open(
+        self, kind: NDArray[np.int8], task: NDArray[np.int16], out: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Where a subgoal can still be done by the agent that has it; a world may add rules of its own.
+
+        It can while its task has the status that its kind needs (`kind_status`) and, for the kinds of
+        `kind_holder`, while the agent carries the task. A subgoal without a task is always open.
+
+        Args:
+            kind: int8 `(W, A)`, a `SubgoalKind`, or negative for none.
+            task: int16 `(W, A)`, task id or -1.
+            out: bool `(W, A)`, written.
+        """
+        kernels.open_subgoals(kind, task, self.task_status, self.carrying, self._kind_status, self._kind_holder, out)
+        return out
+
     def _geometry(self) -> tuple[Any, ...]:
         return (self.offsets, self.row_of, self.col_of, self.view, self.stride, self.limit)
 
     def _known_tasks(self) -> NDArray[np.bool_]:
         """The tasks that agents see as things to go to, bool `(W, T)`."""
         return np.asarray(self.task_status == 0)
+
+    def nearest_goal(self) -> NDArray[np.int32]:
+        """Where each agent would go by what it sees: its load's goal, else the nearest known task (Manhattan).
+
+        Returns:
+            int32 `(W, A)`, cells, or -1 where there is nothing to go to.
+        """
+        rows, cols = self.row_of.astype(np.int32), self.col_of.astype(np.int32)
+        here, there = self.pos[:, :, None], self.task_cell[:, None]
+        way = np.abs(rows[here] - rows[there]) + np.abs(cols[here] - cols[there])
+        way = np.where(self._known_tasks()[:, None], way, np.iinfo(np.int32).max)
+        nearest = np.take_along_axis(self.task_cell, way.argmin(2), 1)
+        nearest[way.min(2) == np.iinfo(np.int32).max] = -1
+        return np.where(self.load_goal >= 0, self.load_goal, nearest)
 
     def _observe(self, which: NDArray[np.bool_]) -> None:
         """Write the observations and masks of the worlds `which`, all but the world's own features."""
@@ -421,16 +481,14 @@ class GridEnv(ABC, Generic[C]):
         """The walls of world `i`, bool `(height, width)`, a read-only copy."""
         grid = self.grid[i].reshape(-1, self.stride)
         inside = grid[self.view : self.view + self.height, self.view : self.view + self.width]
-        walls = (inside & kernels.WALL).astype(bool)
+        walls: NDArray[np.bool_] = (inside & kernels.WALL).astype(bool)
         walls.flags.writeable = False
         return walls
 
     def agent_views(self, i: int) -> tuple[AgentView, ...]:
         """The agents of world `i`."""
         return tuple(
-            AgentView(
-                a, self.row_col(self.pos[i, a]), int(load) if (load := self.carrying[i, a]) >= 0 else None
-            )
+            AgentView(a, self.row_col(self.pos[i, a]), int(load) if (load := self.carrying[i, a]) >= 0 else None)
             for a in range(self.num_agents)
         )
 
@@ -452,11 +510,14 @@ class GridEnv(ABC, Generic[C]):
         Raises:
             EchelonError: the state belongs to an environment of another shape.
         """
-        for name in (*self._shared_state, *self._own_state):
+        names = (*self._shared_state, *self._own_state)
+        # All are looked at before the first is written, so that a misfit leaves the worlds as they were.
+        for name in names:
             own = getattr(self, name)
-            if name not in state or state[name].shape != own.shape:
+            if name not in state or state[name].shape != own.shape or state[name].dtype != own.dtype:
                 raise EchelonError(f"the saved state of {name!r} doesn't fit this {self.name} environment")
-            own[...] = state[name]
+        for name in names:
+            getattr(self, name)[...] = state[name]
 
     # -- checks --------------------------------------------------------------------------------
 
@@ -464,7 +525,10 @@ class GridEnv(ABC, Generic[C]):
         if self.map_file is not None:
             return self.map_file.height, self.map_file.width
         config = self.config
-        return config.height or config.size, config.width or config.size
+        return (
+            config.size if config.height is None else config.height,
+            config.size if config.width is None else config.width,
+        )
 
     def _check_config(self) -> None:
         c = self.config
@@ -482,7 +546,8 @@ class GridEnv(ABC, Generic[C]):
     def _check_room(self) -> None:
         need = self._cells_needed()
         if self.map_file is None:
-            have = int(self.height * self.width * (1 - self.config.density)) * 3 // 4
+            density = 0.0 if self.config.layout == "open" else self.config.density
+            have = int(self.height * self.width * (1 - density)) * 3 // 4
             if have < need:
                 raise EchelonError(
                     f"env.size: a map of {self.height}x{self.width} has room for about {have} things, but "
@@ -501,12 +566,22 @@ class GridEnv(ABC, Generic[C]):
             )
 
     def _template(self) -> NDArray[np.uint8]:
-        """The map file as a padded grid (all walls where there is no file)."""
+        """The map file as a padded grid (all walls where there is no file).
+
+        What no path joins to the marked cells is wall: the marks choose the region that is played in.
+        """
         grid = np.full((self.height + 2 * self.view, self.stride), kernels.WALL, np.uint8)
         if self.map_file is not None:
             inside = grid[self.view : self.view + self.height, self.view : self.view + self.width]
             inside[~self.map_file.walls] = 0
-        return grid.reshape(-1)
+        cells = grid.reshape(-1)
+        marked = [cell for mark in "APZ" for cell in self._marked(mark)]
+        if marked:
+            field = np.zeros(self.num_cells, np.uint16)
+            queue = np.zeros(self.num_cells, np.int32)
+            kernels.distance_field(field, cells, marked[0], self.stride, queue)
+            cells[field == kernels.UNREACHABLE] = kernels.WALL
+        return cells
 
     def _marked(self, mark: str) -> NDArray[np.int32]:
         cells = self.map_file.marks.get(mark, []) if self.map_file is not None else []
@@ -514,9 +589,7 @@ class GridEnv(ABC, Generic[C]):
 
     def _layout_args(self) -> tuple[Any, ...]:
         """What `draw_map` needs to know of the config."""
-        code = {"open": kernels.OPEN, "shelves": kernels.SHELVES, "random": kernels.RANDOM}[
-            self.config.layout
-        ]
+        code = {"open": kernels.OPEN, "shelves": kernels.SHELVES, "random": kernels.RANDOM}[self.config.layout]
         return (
             self._template(), self.map_file is not None, self.height, self.width, self.view, self.stride, code,
             float(self.config.density), self.config.aisle, self._cells_needed(),

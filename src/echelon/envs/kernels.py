@@ -22,9 +22,11 @@ __all__ = [
     "draw_layout",
     "draw_map",
     "first_step",
+    "keep_three",
     "keep_largest_component",
     "observe_agents",
     "observe_tasks",
+    "open_subgoals",
     "resolve_moves",
     "sign8",
     "take_free_cell",
@@ -215,6 +217,14 @@ def observe_agents(which, grid, pos, last_action, steps, load_goal, obs, mask, g
             write_masks(mask[w, a], grid[w], cell, stride)
 
 
+@numba.njit(inline="always", cache=True)
+def keep_three(first, second, third, new):  # type: ignore[no-untyped-def]
+    """The three least of four numbers, in order; the first three are in order already."""
+    # Without branches, for the processor can't foretell them.
+    rest = max(first, new)
+    return min(first, new), min(second, rest), min(third, max(second, rest))
+
+
 @numba.njit(cache=True)
 def observe_tasks(which, pos, seen_tasks, task_cell, out, geometry, scratch):  # type: ignore[no-untyped-def]
     """Each agent's three nearest tasks (Manhattan; of equals the first) as ways; zeros where there are fewer.
@@ -241,18 +251,12 @@ def observe_tasks(which, pos, seen_tasks, task_cell, out, geometry, scratch):  #
                 num += 1
         for a in range(pos.shape[1]):
             row, col = np.int32(row_of[pos[w, a]]), np.int32(col_of[pos[w, a]])
-            # Distance and index in one number, so that three comparisons keep the order.
+            # Distance and index in one number, so that comparisons keep the order.
             first, second, third = none, none, none
             for t in range(num):
                 i = np.uintp(t)
                 d = (np.int32(abs(rows[i] - row) + abs(cols[i] - col)) << np.int32(8)) | np.int32(t)
-                if d < third:
-                    if d >= second:
-                        third = d
-                    elif d >= first:
-                        third, second = second, d
-                    else:
-                        third, second, first = second, first, d
+                first, second, third = keep_three(first, second, third, d)
             k = 0
             for code in (first, second, third):
                 way = out[w, a, k : k + 5]
@@ -262,6 +266,24 @@ def observe_tasks(which, pos, seen_tasks, task_cell, out, geometry, scratch):  #
                 else:
                     way[:] = 0
                 k += 5
+
+
+@numba.njit(cache=True)
+def open_subgoals(kind, task, status, carrying, kind_status, kind_holder, out):  # type: ignore[no-untyped-def]
+    """Which subgoals can still be done, by status and holder; see `GridEnv.subgoals_open`.
+
+    Args:
+        kind_status: int8 `(kinds,)`, the status that a kind needs, or -1.
+        kind_holder: bool `(kinds,)`, whether the agent must carry the task.
+    """
+    for w in range(kind.shape[0]):
+        for a in range(kind.shape[1]):
+            k, t = kind[w, a], task[w, a]
+            still = True
+            if k >= 0 and t >= 0:
+                need = kind_status[k]
+                still = (need < 0 or status[w, t] == need) and (not kind_holder[k] or carrying[w, a] == t)
+            out[w, a] = still
 
 
 @numba.njit(cache=True)

@@ -45,7 +45,7 @@ class MapFile:
 def _header(lines: list[str], name: str, path: Path) -> int:
     for line in lines[:4]:
         words = line.split()
-        if len(words) == 2 and words[0] == name and words[1].isdigit():
+        if len(words) == 2 and words[0] == name and words[1].isdecimal():
             value = int(words[1])
             if not 2 <= value <= _MAX_SIDE:
                 raise EchelonError(f"map {path}: {name} is {value}, must be 2 to {_MAX_SIDE}")

@@ -119,13 +119,11 @@ class Warehouse(GridEnv[WarehouseConfig]):
             tasks.append(TaskView(t, "package", f"package {t}", cell, goal, self.status_words[status]))
         zones = tuple(
             ZoneView(
-                z, f"zone {z}", tuple(self.row_col(c) for c in np.flatnonzero(self.grid[i] >> 4 & 7 == z + 1))
+                z, f"zone {z}", tuple(self.row_col(int(c)) for c in np.flatnonzero(self.grid[i] >> 4 & 7 == z + 1))
             )
             for z in range(self.config.num_zones)
         )
-        return Scene(
-            self.name, int(self.steps[i]), self.limit, self.walls(i), self.agent_views(i), tuple(tasks), zones
-        )
+        return Scene(self.name, int(self.steps[i]), self.limit, self.walls(i), self.agent_views(i), tuple(tasks), zones)
 
     @classmethod
     def describe(cls, scene: Scene) -> str:
@@ -153,15 +151,13 @@ class Warehouse(GridEnv[WarehouseConfig]):
         if me.carrying is not None:
             task = scene.tasks[me.carrying]
             assert task.goal is not None
-            return (
-                Subgoal(SubgoalKind.DELIVER, task.goal, task.id, f"deliver package {task.id} to {task.goal}"),
-            )
+            return (Subgoal(SubgoalKind.DELIVER, task.goal, task.id, f"deliver package {task.id} to {task.goal}"),)
         fetch = [
-            Subgoal(SubgoalKind.FETCH, t.cell, t.id, f"fetch package {t.id} at {t.cell}")
+            cls._subgoal(SubgoalKind.FETCH, t.cell, t.id)
             for t in scene.tasks
             if t.status == "waiting" and t.cell is not None
         ]
-        return (*fetch, Subgoal(SubgoalKind.WAIT, me.cell, None, "wait"))
+        return (*fetch, cls._subgoal(SubgoalKind.WAIT, me.cell))
 
 
 @numba.njit(cache=True)
@@ -189,7 +185,7 @@ def _advance(  # type: ignore[no-untyped-def]
                         load_goal[w, a] = task_goal[w, t]
                         status[w, t] = CARRIED
                         done_by[w, t] = a
-                        grid[w, cell] = code & ~POINT & 255
+                        grid[w, cell] = code & (~POINT & 255)
                         break
             elif load >= 0 and (code >> _ZONE_SHIFT) & 7 == zone[w, load] + 1:
                 carrying[w, a] = -1

@@ -1,0 +1,333 @@
+"""MAPPO: PPO for teams with shared decentralised actors and a centralised critic.
+
+Yu et al. 2022, "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games"; the clipped objective is
+L2M2's Eq. 2. Parameters are shared, agents are told apart by the id bits in their observation, values are
+normalised, and a time limit bootstraps from the true last observation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from echelon.advantages import gae
+from echelon.buffers import RolloutBuffer
+from echelon.errors import EchelonError
+from echelon.networks import (
+    MLP,
+    Precision,
+    RecurrentMLP,
+    ValueNorm,
+    ppo_policy_gradient,
+    resolve_precision,
+    sample_actions,
+)
+from echelon.rng import spawn_keys
+
+__all__ = ["MAPPO", "MAPPOConfig"]
+
+
+@dataclass(frozen=True)
+class MAPPOConfig:
+    """Hyper-parameters of MAPPO (learning rate and clip: L2M2; the rest: our choice near MAPPO's defaults)."""
+
+    lr: float = 3e-4
+    """Adam's step size, for actor and critic."""
+    gamma: float = 0.99
+    """Discount a step."""
+    lam: float = 0.95
+    """Decay of the GAE trace."""
+    clip: float = 0.2
+    """PPO's clip range ε."""
+    entropy: float = 0.01
+    """Weight of the entropy bonus."""
+    rollout: int = 32
+    """Steps of each world between updates."""
+    epochs: int = 4
+    """Passes over each rollout."""
+    minibatches: int = 4
+    """Minibatches a pass."""
+    hidden: int = 128
+    """Units of each of the two hidden layers, in actor and critic."""
+    max_grad_norm: float = 0.5
+    """Gradients are scaled down to this norm."""
+    critic: Literal["auto", "team", "agent"] = "auto"
+    """One value a team from the state alone, or one an agent from its observation and the state; auto: a team's
+    where the reward is the team's, else an agent's."""
+    recurrent: bool = False
+    """Give the actor a memory (GRU)."""
+    precision: Precision = "auto"
+    """What networks compute in; auto: bfloat16 where the processor multiplies it fast."""
+
+    def __post_init__(self) -> None:
+        for name, good, need in (
+            ("lr", self.lr > 0, "above 0"),
+            ("gamma", 0 <= self.gamma <= 1, "0 to 1"),
+            ("lam", 0 <= self.lam <= 1, "0 to 1"),
+            ("clip", self.clip > 0, "above 0"),
+            ("entropy", self.entropy >= 0, "at least 0"),
+            ("rollout", self.rollout >= 1, "at least 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("minibatches", self.minibatches >= 1, "at least 1"),
+            ("hidden", self.hidden >= 1, "at least 1"),
+        ):
+            if not good:
+                raise EchelonError(f"algorithm.{name} is {getattr(self, name)}: it must be {need}")
+
+
+class MAPPO:
+    """A team's shared policy and its critic, and how they learn from rollouts."""
+
+    def __init__(
+        self,
+        config: MAPPOConfig,
+        *,
+        num_envs: int,
+        num_agents: int,
+        obs_scale: NDArray[np.float32],
+        state_size: int,
+        num_actions: int,
+        team_reward: bool,
+        seed: int,
+    ) -> None:
+        """Fresh networks.
+
+        Args:
+            config: hyper-parameters.
+            num_envs, num_agents: W and A of the arrays.
+            obs_scale: float32 `(D,)`, brings int8 observations to about ±1.
+            state_size: S, of the centralised state (int8, brought to about ±1 by 1/16).
+            num_actions: primitive moves.
+            team_reward: whether all agents of a team get the same reward.
+            seed: root seed of initial weights, actions and minibatches.
+        """
+        self.config = config
+        self.shape = (num_envs, num_agents)
+        self.dtype = resolve_precision(config.precision)
+        self.team_critic = team_reward if config.critic == "auto" else config.critic == "team"
+        state_scale = np.full(state_size, 1 / 16, np.float32)
+        critic_scale = state_scale if self.team_critic else np.concatenate([obs_scale, state_scale])
+        h = config.hidden
+        generator = torch.Generator().manual_seed(int(spawn_keys(seed, (2,), 1)[0] >> np.uint64(1)))
+        actor = RecurrentMLP if config.recurrent else MLP
+        sizes = (len(obs_scale), h, h, num_actions)
+        self.actor: MLP | RecurrentMLP = actor(
+            sizes, obs_scale, last_gain=0.01, dtype=self.dtype, generator=generator
+        )
+        self.critic = MLP(
+            (len(critic_scale), h, h, 1), critic_scale, last_gain=1.0, dtype=self.dtype, generator=generator
+        )
+        self.actor_params = list(self.actor.parameters())
+        self.optimizers = [
+            torch.optim.Adam(params, lr=config.lr, eps=1e-5, fused=True)
+            for params in (self.actor_params, self.critic.parameters())
+        ]
+        self.value_norm = ValueNorm()
+        self.keys, self.counters = spawn_keys(seed, (3,), num_envs), np.zeros(num_envs, np.uint64)
+        self._shuffle_key = int(spawn_keys(seed, (4,), 1)[0])
+        self.updates = 0
+        self.hidden = torch.zeros(num_envs * num_agents, h)
+        self._hidden_start = self.hidden
+
+    # -- acting --------------------------------------------------------------------------------
+
+    def act(
+        self, obs: NDArray[np.int8], mask: NDArray[np.uint8], begins: NDArray[np.bool_], *, greedy: bool = False
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Actions for all agents of all worlds.
+
+        Args:
+            obs: int8 `(W, A, D)`; mask: uint8 `(W, A, actions)`.
+            begins: bool `(W,)`, worlds whose episode begins now (memory is cleared).
+            greedy: take the most probable action instead of drawing one.
+
+        Returns:
+            actions int8 `(W, A)` and their log-probabilities float32 `(W, A)`.
+        """
+        W, A = self.shape
+        x = torch.from_numpy(obs).view(W * A, -1)
+        if isinstance(self.actor, RecurrentMLP):
+            with torch.no_grad():
+                first = torch.from_numpy(np.repeat(begins, A))
+                out, self.hidden = self.actor.forward(x[None], self.hidden, first[None])
+            logits = out[0]
+        else:
+            logits, _ = self.actor.forward(x)
+        actions, logp = np.empty((W, A), np.int8), np.empty((W, A), np.float32)
+        sample_actions(logits.view(W, A, -1).numpy(), mask, self.keys, self.counters, greedy, actions, logp)
+        return actions, logp
+
+    def begin_rollout(self) -> None:
+        """Remember the memory with which a rollout begins."""
+        self._hidden_start = self.hidden.clone()
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def update(self, buffer: RolloutBuffer) -> dict[str, float]:
+        """Learn from one rollout; what to log of it."""
+        c, T = self.config, buffer.steps
+        W, _ = self.shape
+        values, next_values = self._values(buffer)
+        advantages, returns = gae(
+            buffer.reward, values, next_values, buffer.terminated, buffer.ended, gamma=c.gamma, lam=c.lam
+        )
+        self.value_norm.update(returns)
+        mean, std = self.value_norm.moments()
+        targets = torch.from_numpy((returns - mean) / std)
+        advantages = (advantages - advantages.mean()) / (advantages.std() + np.float32(1e-8))
+        shuffle = np.random.Generator(np.random.Philox(key=self._shuffle_key, counter=[0, self.updates, 0, 0]))
+        self.updates += 1
+        policy, value_loss, steps = np.zeros(4), 0.0, 0
+        for _ in range(c.epochs):
+            # A recurrent actor learns from whole sequences, so its minibatches are sets of worlds; else of
+            # (step, world) pairs. Either way a minibatch holds whole teams.
+            order = torch.from_numpy(shuffle.permutation(W if c.recurrent else T * W))
+            for part in order.chunk(c.minibatches):
+                rows = (torch.arange(T)[:, None] * W + part).view(-1) if c.recurrent else part
+                policy += self._actor_step(buffer, rows, part, advantages)
+                value_loss += self._critic_step(buffer, rows, targets)
+                steps += 1
+        spread = float(np.var(returns))
+        return {
+            "policy_loss": policy[0] / steps,
+            "entropy": policy[1] / steps,
+            "approx_kl": policy[2] / steps,
+            "clipped": policy[3] / steps,
+            "value_loss": value_loss / steps,
+            "explained_variance": 1 - float(np.var(returns - values)) / spread if spread > 0 else 0.0,
+        }
+
+    def _actor_step(
+        self, buffer: RolloutBuffer, rows: Tensor, worlds: Tensor, advantages: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
+        """One step of the actor on the (step, world) pairs `rows`; loss, entropy, KL, clipped share."""
+        T, A = buffer.steps, self.shape[1]
+        obs = _take(buffer.obs[:T], rows).view(len(rows) * A, -1)
+        if isinstance(self.actor, RecurrentMLP):
+            start = self._hidden_start.view(*self.shape, -1)[worlds].flatten(0, 1)
+            begins = torch.from_numpy(buffer.begins[:T])[:, worlds].repeat_interleave(A, 1)
+            out, _ = self.actor.forward(obs.view(T, len(worlds) * A, -1), start, begins)
+            out = out.flatten(0, 1)
+        else:
+            out, kept = self.actor.forward(obs)
+        mask, actions, logp, weights = (
+            _take(x, rows).flatten(0, 1).numpy() for x in (buffer.mask, buffer.actions, buffer.logp, advantages)
+        )
+        logits = out.detach().numpy()
+        grad = np.empty_like(logits)
+        stats = ppo_policy_gradient(
+            logits, mask, actions, logp, weights, self.config.clip, self.config.entropy, grad
+        )
+        self.optimizers[0].zero_grad(set_to_none=False)
+        if isinstance(self.actor, RecurrentMLP):
+            out.backward(torch.from_numpy(grad))  # type: ignore[no-untyped-call]
+        else:
+            self.actor.backward(kept, torch.from_numpy(grad))
+        self._step(0, self.actor_params)
+        return np.array(stats)
+
+    def _critic_step(self, buffer: RolloutBuffer, rows: Tensor, targets: Tensor) -> float:
+        """One step of the critic on the (step, world) pairs `rows`: Huber loss (delta 10) on normalised returns."""
+        T = buffer.steps
+        out, kept = self.critic.forward(self._critic_input(_take(buffer.obs[:T], rows), _take(buffer.state[:T], rows)))
+        target = targets.flatten(0, 1)[rows]
+        target = target.mean(1) if self.team_critic else target.view(-1)
+        error = out.view(-1) - target
+        self.optimizers[1].zero_grad(set_to_none=False)
+        self.critic.backward(kept, (error.clamp(-10, 10) / len(error))[:, None])
+        self._step(1, self.critic.parameters())
+        return float(torch.nn.functional.huber_loss(error, torch.zeros_like(error), delta=10.0))
+
+    def _step(self, which: int, params: list[torch.nn.Parameter]) -> None:
+        torch.nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
+        self.optimizers[which].step()
+
+    def _critic_input(self, obs: Tensor, state: Tensor) -> Tensor:
+        """The critic's rows: one a team, `(n, S)`, or one an agent, `(n * A, D + S)`."""
+        if self.team_critic:
+            return state
+        n, A, _ = obs.shape
+        return torch.cat([obs, state[:, None].expand(n, A, -1)], -1).view(n * A, -1)
+
+    def _value(self, obs: NDArray[np.int8], state: NDArray[np.int8]) -> NDArray[np.float32]:
+        """Unnormalised values, float32 `(n, A)`, of obs `(n, A, D)` and state `(n, S)`."""
+        mean, std = self.value_norm.moments()
+        out = []
+        # In pieces that stay in the cache.
+        for o, s in zip(torch.from_numpy(obs).split(2048), torch.from_numpy(state).split(2048), strict=True):
+            value, _ = self.critic.forward(self._critic_input(o, s))
+            out.append(value.view(len(o), -1).expand(len(o), self.shape[1]))
+        return (torch.cat(out) * std + mean).numpy()
+
+    def _values(self, buffer: RolloutBuffer) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Values of each state and of each true next state, float32 `(T, W, A)`."""
+        T, (W, A) = buffer.steps, self.shape
+        flat = self._value(buffer.obs.reshape((T + 1) * W, A, -1), buffer.state.reshape((T + 1) * W, -1))
+        values = flat.reshape(T + 1, W, A)
+        next_values = values[1:].copy()
+        for t, worlds, obs, state in buffer.finals:
+            next_values[t, worlds] = self._value(obs, state)
+        return values[:-1], next_values
+
+    # -- the whole state, for checkpoints --------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that decides what is learnt and drawn next, as tensors by name."""
+        state = {
+            "value_norm": self.value_norm.stats,
+            "hidden": self.hidden,
+            "keys": torch.from_numpy(self.keys.view(np.int64)),
+            "counters": torch.from_numpy(self.counters.view(np.int64)),
+            "updates": torch.tensor(self.updates),
+        }
+        for net, params, optimizer in zip(("actor", "critic"), self._params(), self.optimizers, strict=True):
+            for i, p in enumerate(params):
+                state[f"{net}.{i}"] = p.data
+                for name, value in optimizer.state.get(p, {}).items():
+                    state[f"{net}.{i}.{name}"] = value
+        return {name: value.detach().clone() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], *, policy_only: bool = False) -> None:
+        """Put back what `state_dict` gave.
+
+        Args:
+            state: the tensors.
+            policy_only: only the actor's weights, for a team elsewhere (another map, another number of worlds).
+
+        Raises:
+            EchelonError: the networks have other shapes.
+        """
+        for net, params, optimizer in zip(("actor", "critic"), self._params(), self.optimizers, strict=True):
+            if net == "critic" and policy_only:
+                continue
+            for i, p in enumerate(params):
+                name = f"{net}.{i}"
+                if name not in state or state[name].shape != p.shape:
+                    raise EchelonError(
+                        f"the saved {net} doesn't fit: it was trained on other observations (env.view) or with "
+                        f"other algorithm.hidden or algorithm.recurrent"
+                    )
+                p.data.copy_(state[name])
+                if not policy_only and f"{name}.step" in state:
+                    optimizer.state[p] = {k: state[f"{name}.{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq")}
+        if policy_only:
+            return
+        self.value_norm.stats.copy_(state["value_norm"])
+        self.hidden = state["hidden"].clone()
+        self.keys[:] = state["keys"].numpy().view(np.uint64)
+        self.counters[:] = state["counters"].numpy().view(np.uint64)
+        self.updates = int(state["updates"])
+
+    def _params(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        return self.actor_params, self.critic.parameters()
+
+
+def _take(array: NDArray[np.generic], rows: Tensor) -> Tensor:
+    """The (step, world) pairs `rows` of an array `(T, W, …)`, as a tensor `(len(rows), …)`."""
+    flat = torch.from_numpy(array).flatten(0, 1)
+    return flat.index_select(0, rows)

@@ -1,0 +1,153 @@
+"""What a run can be told, as one frozen dataclass, and its way to TOML and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from echelon.algorithms.mappo import MAPPOConfig
+from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
+from echelon.errors import EchelonError, unknown_name
+from echelon.methods import method
+from echelon.subgoals import SubgoalConfig
+
+__all__ = ["RunConfig", "from_toml", "read_toml", "to_toml"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    method: str = "l2m2"
+    """What to train; `echelon train --help` lists the methods."""
+    env: GridConfig = field(default_factory=WarehouseConfig)
+    """The world."""
+    steps: int = 1_000_000
+    """Environment steps to train for, counted over all worlds."""
+    num_envs: int = 256
+    """Worlds that run side by side."""
+    seed: int = 0
+    """The root seed: it alone decides everything."""
+    planner: str | None = None
+    """Another planner than the method's own: random, random-task, nearest, hungarian or llm:<model>."""
+    model: str = "smollm2-135m"
+    """The language model of methods that plan with one: a known name or hf:<folder>."""
+    llm_share: float = 1 / 64
+    """Share of the worlds (at least one) that the language model plans while executors learn; the other worlds
+    are planned by cheap_planner."""
+    cheap_planner: str = "nearest"
+    """Who plans the worlds that the language model doesn't."""
+    checkpoint_every: int = 250_000
+    """Environment steps between checkpoints."""
+    threads: int | None = None
+    """Processor threads to compute with; default: all cores. Results are bit-identical for equal threads."""
+    subgoals: SubgoalConfig = field(default_factory=SubgoalConfig)
+    """When agents get new subgoals, and what they are worth."""
+    algorithm: MAPPOConfig = field(default_factory=MAPPOConfig)
+    """How executors learn."""
+
+    def __post_init__(self) -> None:
+        method(self.method)
+        for name, good, need in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("num_envs", self.num_envs >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+            ("llm_share", 0 < self.llm_share <= 1, "above 0, up to 1"),
+            ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1"),
+        ):
+            if not good:
+                raise EchelonError(f"{name} is {getattr(self, name)}: it must be {need}")
+        if self.planner is not None and method(self.method).train_planner is None:
+            raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML that `from_toml` reads back; settings that are None are left out."""
+    lines = [f'environment = "{env_name(config.env)}"']
+    tables: list[str] = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{f.name}]")
+            tables.extend(_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))
+        else:
+            lines.append(_line(f.name, value))
+    return "\n".join(line for line in [*lines, *tables] if line) + "\n"
+
+
+def _line(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f"{name} = {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"{name} = {value!r}"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name} = "{text}"'
+
+
+def read_toml(path: Path) -> RunConfig:
+    """The config in a TOML file; what it doesn't say has its default.
+
+    Raises:
+        EchelonError: no such file, not TOML, an unknown key (names the nearest) or a value of the wrong type.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EchelonError(f"config {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EchelonError(f"config {path} isn't TOML: {error}") from None
+    return from_toml(data, str(path))
+
+
+def from_toml(data: dict[str, Any], source: str = "config") -> RunConfig:
+    """The config in a TOML document that was read; see `read_toml`."""
+    data = dict(data)
+    name = data.pop("environment", "warehouse")
+    known = environments()
+    if name not in known:
+        raise unknown_name("environment", name, known)
+    nested = {"env": known[name], "subgoals": SubgoalConfig, "algorithm": MAPPOConfig}
+    values: dict[str, Any] = {}
+    for key, cls in nested.items():
+        table = data.pop(key, {})
+        if not isinstance(table, dict):
+            raise EchelonError(f"{source}: {key} must be a table, [{key}]")
+        values[key] = cls(**_typed(cls, table, f"{source}: {key}."))
+    return RunConfig(**values, **_typed(RunConfig, data, f"{source}: "))
+
+
+def _typed(cls: type[Any], table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of `table` as the dataclass `cls` wants them."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise unknown_name(f"key in {where.rstrip('.: ')}", key, [*hints, "environment"])
+        values[key] = _convert(value, hints[key], f"{where}{key}")
+    return values
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+            raise unknown_name(where, str(value), [str(a) for a in typing.get_args(option)])
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        if option in (int, str, bool) and type(value) is option:
+            return value
+    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    raise EchelonError(f"{where} is {value!r}: it must be {wanted}")

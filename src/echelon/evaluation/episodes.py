@@ -1,0 +1,158 @@
+"""Whole episodes of a team on worlds that training never saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from echelon.configs import RunConfig
+from echelon.evaluation.recording import Recorder
+from echelon.evaluation.statistics import mean_interval, wilson
+from echelon.methods import method
+from echelon.rollout import PlanTrace, TeamWorlds
+from echelon.training import build_executor, build_worlds, model_of
+
+__all__ = ["EVALUATION_SEED", "EpisodeResults", "evaluate"]
+
+EVALUATION_SEED = 1_000_003
+"""Added to a run's seed for evaluation worlds, so that training never saw them."""
+
+
+@dataclass(frozen=True)
+class EpisodeResults:
+    """What came of some episodes; arrays of one entry an episode.
+
+    Attributes:
+        success: bool, every task done in time.
+        steps: int, steps taken (the limit where it failed).
+        collisions: int, moves that another agent prevented.
+        task_return: float, sum of the task reward.
+        seconds: wall time of all episodes, planning included.
+        plans: counts of subgoals and verdicts, and of model questions, calls, cache hits, tokens, seconds.
+        replay: a replay document of the recorded episodes, or None.
+    """
+
+    success: NDArray[np.bool_]
+    steps: NDArray[np.int64]
+    collisions: NDArray[np.int64]
+    task_return: NDArray[np.float64]
+    seconds: float
+    plans: dict[str, float]
+    replay: dict[str, Any] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers that a table shows: TSR with Wilson's 95% interval, means with Student's; JSON-able."""
+        tsr = wilson(int(self.success.sum()), len(self.success))
+        steps = mean_interval(self.steps[self.success])
+        collisions = mean_interval(self.collisions)
+        return {
+            "episodes": len(self.success),
+            "tsr": asdict(tsr),
+            "steps_to_finish": None if steps is None else asdict(steps),
+            "collisions": None if collisions is None else asdict(collisions),
+            "task_return": float(self.task_return.mean()),
+            "seconds": round(self.seconds, 3),
+            "plans": self.plans,
+        }
+
+
+def evaluate(
+    config: RunConfig,
+    policy: dict[str, torch.Tensor] | None,
+    *,
+    episodes: int = 200,
+    seed: int | None = None,
+    greedy: bool = False,
+    record: int = 0,
+    on_plan: Callable[[PlanTrace], None] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> EpisodeResults | None:
+    """Run each of `episodes` worlds for its first episode.
+
+    One episode a world: the first `n` to finish of a longer stream would favour short ones.
+
+    Args:
+        config: the run whose method, world and planner are judged.
+        policy: the executor's tensors (`training.load_policy`), or None where there are none.
+        episodes: how many.
+        seed: root seed of the worlds; default: the run's seed moved to where training never was.
+        greedy: executors take their most probable move instead of drawing.
+        record: how many episodes to record for a replay.
+        on_plan: called with each planning round that costs model time.
+        report: called with (episodes finished, episodes) after each step.
+        should_stop: asked after each step; stops with no result.
+    """
+    start = time.perf_counter()
+    seed = config.seed + EVALUATION_SEED if seed is None else seed
+    recorder = Recorder(config, record) if record else None
+
+    def heard(trace: PlanTrace) -> None:
+        if recorder is not None:
+            recorder.plan(trace)
+        if on_plan is not None and trace.note.get("model"):
+            on_plan(trace)
+
+    threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    worlds = build_worlds(
+        config, num_envs=episodes, seed=seed, training=False,
+        on_plan=heard if recorder is not None or on_plan is not None else None, trace_all=recorder is not None,
+    )  # fmt: skip
+    worlds.traced = record if on_plan is None else None
+    executor = build_executor(config, worlds, policy)
+    uses_model = method(config.method).needs_model(config.planner)
+    before = model_of(config.model).state_dict() if uses_model else {}
+    worlds.start()
+    results = _play(worlds, executor.act, greedy, recorder, report, should_stop)
+    if results is None:
+        return None
+    plans: dict[str, float] = {}
+    if worlds.tracker is not None:
+        counts = asdict(worlds.tracker.counts)
+        plans |= {f"rejected_{k}": v for k, v in counts.pop("rejected").items()} | counts
+        for planner, _ in worlds.planners:
+            plans |= {k: v for k, v in planner.state_dict().items() if isinstance(v, int)}
+    if uses_model:
+        plans |= {f"model_{k}": v - before[k] for k, v in model_of(config.model).state_dict().items()}
+    replay = recorder.document(worlds, results[0]) if recorder is not None else None
+    return EpisodeResults(*results, time.perf_counter() - start, plans, replay)
+
+
+def _play(
+    worlds: TeamWorlds,
+    act: Callable[..., NDArray[np.int8]],
+    greedy: bool,
+    recorder: Recorder | None,
+    report: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None:
+    env = worlds.env
+    n = env.num_envs
+    running = np.ones(n, bool)
+    success, steps = np.zeros(n, bool), np.zeros(n, np.int64)
+    collisions, task_return = np.zeros(n, np.int64), np.zeros(n)
+    if recorder is not None:
+        recorder.frame(worlds, running)
+    while running.any():
+        worlds.advance(act(worlds, greedy=greedy))
+        collisions[running] += env.collisions[running]
+        task_return[running] += env.reward[running]
+        ended = running & (env.terminated | env.truncated)
+        success[ended], steps[ended] = env.terminated[ended], env.steps[ended]
+        if recorder is not None:
+            recorder.frame(worlds, running)
+        running &= ~ended
+        # A world whose episode is over goes on, but nobody plans for it any more.
+        worlds.active = running
+        worlds.settle()
+        report(n - int(running.sum()), n)
+        if should_stop():
+            return None
+    return success, steps, collisions, task_return

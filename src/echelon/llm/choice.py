@@ -1,0 +1,355 @@
+"""A language model in this process that answers multiple-choice questions with the probability of each option."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from echelon.errors import EchelonError, unknown_name
+from echelon.llm._chat import ChatEncoder
+from echelon.llm._optional import quiet_transformers, require
+from echelon.llm._scoring import Batching, PrefixScorer
+from echelon.llm.prompts import check_options
+from echelon.llm.store import ModelStore, resolve
+
+__all__ = ["CausalChoiceModel", "ChoiceModel", "ChoicePrompt", "ChoiceScores"]
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class ChoicePrompt:
+    """One multiple-choice question, to be answered with a letter.
+
+    Args:
+        shared: what many prompts have in common (role, rules, examples); sent as the system message, and
+            computed once for all of them.
+        text: the rest. It already shows the options as lettered lines (see `prompts.option_lines`) and
+            ends such that the letter comes next ("Answer with one letter.").
+        options: what the letters A, B, … stand for, in words; 1 to 26. Only their number is used for
+            scoring.
+    """
+
+    shared: str
+    text: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceScores:
+    """What a model thinks of each option.
+
+    Args:
+        logprobs: natural logarithms of the options' probabilities, shape (num_options,), float32,
+            normalised over the options; read-only.
+        prompt_tokens: the prompt's length in tokens, the shared part included.
+    """
+
+    logprobs: NDArray[np.float32]
+    prompt_tokens: int
+
+
+class ChoiceModel(Protocol):
+    """Anything that can answer multiple-choice questions."""
+
+    @property
+    def name(self) -> str:
+        """What the model is called in runs and reports."""
+        ...
+
+    def score(self, prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        """The scores of each prompt, in the order of the prompts."""
+        ...
+
+
+class CausalChoiceModel:
+    """A transformers model that scores options by the probability of their letters as its first token.
+
+    **What is promised.** On one machine with one set of libraries and one dtype, the scores of a prompt are
+    a function of that prompt, bit for bit: they do not depend on the other prompts of the call, their order,
+    the calls before, or the state of the caches. So a run that resumes with empty caches gets the same
+    numbers. This holds by construction, see `_scoring.PrefixScorer`; it is given up with `batching="free"`.
+    Another dtype, processor or version of torch gives other last bits: record `dtype` with a run.
+
+    `score` is safe to call from several threads; it uses no gradient and leaves torch's random numbers and
+    thread count as they were.
+
+    Counters (in `state_dict`): `prompts` asked; `calls`, those that went through the model; `cache_hits`,
+    those that did not; `prompt_tokens` of the calls, shared part included; `seconds` spent in `score`.
+    Of these only `prompts` is the same in a resumed run: the others say what the work cost, and a resumed
+    run starts with an empty cache.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        threads: int | None = None,
+        batch_tokens: int = 512,
+        cache_size: int = 100_000,
+        batching: Batching = "checked",
+        share_prefix: bool = True,
+    ) -> None:
+        """Wrap a transformers causal model and its tokenizer; `load` explains the settings."""
+        if batch_tokens < 1 or cache_size < 0 or (threads is not None and threads < 1):
+            raise EchelonError("batch_tokens and threads must be at least 1, cache_size at least 0")
+        if batching not in get_args(Batching):
+            raise unknown_name("batching", batching, get_args(Batching))
+        self.name = name
+        self._model, self._threads, self._cache_size = model.eval().requires_grad_(False), threads, cache_size
+        self._chat = ChatEncoder(tokenizer, name)
+        self._scorer = PrefixScorer(
+            model.base_model, batch_tokens=batch_tokens, batching=batching, share_prefix=share_prefix
+        )
+        self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._cache: OrderedDict[bytes, ChoiceScores] = OrderedDict()
+        self._lock = threading.Lock()
+        self._most_tokens = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+        head = model.get_output_embeddings()
+        # In float32 and always all 26 rows: one shape, so one order of the sums, for every prompt.
+        self._head = head.weight[self._chat.letter_ids].float().contiguous()
+        bias = getattr(head, "bias", None)
+        self._bias = None if bias is None else bias[self._chat.letter_ids].float()
+        self.load_state_dict({"prompts": 0, "calls": 0, "cache_hits": 0, "prompt_tokens": 0, "seconds": 0.0})
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        spec: str,
+        *,
+        store: ModelStore | None = None,
+        dtype: Dtype = "auto",
+        threads: int | None = None,
+        batch_tokens: int = 512,
+        cache_size: int = 100_000,
+        batching: Batching = "checked",
+        share_prefix: bool = True,
+    ) -> CausalChoiceModel:
+        """Load a model from the store or from a folder.
+
+        Args:
+            spec: a known model's name or `hf:<folder>`, see `store.resolve`.
+            store: where fetched models are; the default store if None.
+            dtype: "auto" is bfloat16 where the processor computes in it, else float32.
+            threads: torch's threads while scoring; None leaves them as they are.
+            batch_tokens: at most so many tokens (rows × length, the shared part not counted) in one pass.
+            cache_size: how many scores are kept, about 300 bytes each; 0 keeps none.
+            batching: "checked" (exact, the default), "alone" (exact, never batches), "free" (unchecked).
+            share_prefix: compute the shared part once; False is for comparison.
+
+        Raises:
+            EchelonError: an unknown, absent or damaged model, a missing library, a model that can't be used.
+        """
+        chosen = _torch_dtype(dtype)
+        folder = resolve(spec, store)
+        transformers = require("transformers")
+        _check_weights(folder, spec)
+        # Weights that are missing would be drawn at random: that must not move the program's own numbers.
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            try:
+                model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=chosen,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+            except Exception as error:  # whatever a broken folder makes a third party raise
+                line = (str(error).strip().splitlines() or [""])[0][:200]
+                raise _damaged(folder, spec, f"{type(error).__name__}: {line}") from error
+        if lacking := sorted(report["missing_keys"]):
+            raise _damaged(folder, spec, f"no weights for {lacking[0]} and {len(lacking) - 1} more")
+        return cls(
+            model,
+            tokenizer,
+            spec,
+            threads=threads,
+            batch_tokens=batch_tokens,
+            cache_size=cache_size,
+            batching=batching,
+            share_prefix=share_prefix,
+        )
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in: "bfloat16" or "float32"."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
+    def batch_shapes(self) -> dict[tuple[int, int, int], bool]:
+        """For each batch shape met (shared tokens, rows, padded tokens): did it agree with single rows?"""
+        return self._scorer.shapes
+
+    def score(self, prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        """The log-probabilities of each prompt's options, in the order of the prompts.
+
+        Raises:
+            EchelonError: a prompt with no option or more than 26, or longer than the model's context; the
+                model's numbers are not finite.
+        """
+        for prompt in prompts:
+            check_options(prompt.options)
+        with self._lock, _torch_threads(self._threads), torch.inference_mode():
+            start = time.perf_counter()
+            keys = [_key(prompt) for prompt in prompts]
+            found = {key: self._cache[key] for key in keys if key in self._cache}
+            fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+            for key, scores in zip(fresh, self._compute(list(fresh.values())), strict=True):
+                found[key] = scores
+                self.prompt_tokens += scores.prompt_tokens
+            for key in found:
+                self._cache[key] = found[key]
+                self._cache.move_to_end(key)
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+            self.prompts += len(prompts)
+            self.calls += len(fresh)
+            self.cache_hits += len(prompts) - len(fresh)
+            self.seconds += time.perf_counter() - start
+        return [found[key] for key in keys]
+
+    def state_dict(self) -> dict[str, int | float]:
+        """The counters, fit for JSON. The caches hold nothing that can't be computed again."""
+        return {
+            "prompts": self.prompts,
+            "calls": self.calls,
+            "cache_hits": self.cache_hits,
+            "prompt_tokens": self.prompt_tokens,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int | float]) -> None:
+        """Take over counters that `state_dict` gave."""
+        try:
+            self.prompts, self.calls = int(state["prompts"]), int(state["calls"])
+            self.cache_hits, self.prompt_tokens = int(state["cache_hits"]), int(state["prompt_tokens"])
+            self.seconds = float(state["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EchelonError(f"the saved counters of model {self.name} are damaged: {error!r}") from error
+
+    def _compute(self, prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        by_shared: dict[str, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_shared.setdefault(prompt.shared, []).append(index)
+        for shared, indices in by_shared.items():
+            prefix = self._prefix(shared)
+            for index, ids in zip(indices, self._chat.encode(shared, [prompts[i].text for i in indices]), strict=True):
+                if self._most_tokens and len(ids) > self._most_tokens:
+                    raise EchelonError(
+                        f"a prompt of {len(ids)} tokens is longer than the {self._most_tokens} that model "
+                        f"{self.name} takes"
+                    )
+                # A text may change the tokens at the seam; then that prompt is computed whole.
+                fits = len(ids) > len(prefix) and tuple(ids[: len(prefix)]) == prefix
+                groups.setdefault(prefix if fits else (), []).append((index, ids))
+        scores: dict[int, ChoiceScores] = {}
+        for prefix, members in groups.items():
+            hidden = self._scorer.last_hidden(prefix, [ids[len(prefix) :] for _, ids in members])
+            for (index, ids), state in zip(members, hidden, strict=True):
+                logits = self._letter_logits(state)[: len(prompts[index].options)]
+                scores[index] = ChoiceScores(self._normalise(logits), len(ids))
+        return [scores[index] for index in range(len(prompts))]
+
+    def _prefix(self, shared: str) -> tuple[int, ...]:
+        if shared not in self._prefixes:
+            self._prefixes[shared] = self._chat.prefix(shared)
+            if len(self._prefixes) > 64:
+                self._prefixes.popitem(last=False)
+        return self._prefixes[shared]
+
+    def _letter_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the 26 letters for one hidden state of shape (hidden_size,)."""
+        logits = torch.mv(self._head, hidden.float())
+        return logits if self._bias is None else logits + self._bias
+
+    def _normalise(self, logits: torch.Tensor) -> NDArray[np.float32]:
+        values = logits.double().numpy()
+        if not np.isfinite(values).all():
+            raise self._not_finite()
+        shifted = values - values.max()
+        logprobs: NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+        logprobs.flags.writeable = False  # the cache hands the same array to many
+        return logprobs
+
+    def _not_finite(self) -> EchelonError:
+        return EchelonError(f"model {self.name} gave numbers that are not finite: its weights may be damaged")
+
+    def _check_head(self) -> None:
+        """Refuse a model whose output layer does more than multiply: its letters would be scored wrongly."""
+        with torch.inference_mode(), _torch_threads(self._threads):
+            ids = torch.tensor(self._chat.encode("Answer.", ["Which?"]))
+            whole = self._model(input_ids=ids).logits[0, -1, self._chat.letter_ids].float()
+            ours = self._letter_logits(self._model.base_model(input_ids=ids).last_hidden_state[0, -1])
+        if not bool(whole.isfinite().all()):
+            raise self._not_finite()
+        if not torch.allclose(whole, ours, rtol=0.02, atol=0.02 * float(whole.abs().max())):
+            raise EchelonError(f"model {self.name} has an output layer of a kind that Echelon does not know")
+
+
+def _key(prompt: ChoicePrompt) -> bytes:
+    # A digest, because prompts are long and a hundred thousand are kept. Lengths keep the parts apart.
+    head = f"{len(prompt.options)} {len(prompt.shared)} {len(prompt.text)} "
+    text = (head + prompt.shared + prompt.text).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    if dtype == "auto":
+        # Elsewhere bfloat16 is emulated, and slower than float32.
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in ("bfloat16", "float32"):
+        raise unknown_name("dtype", dtype, ("auto", "bfloat16", "float32"))
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def _check_weights(folder: Path, spec: str) -> None:
+    """Read the header of each safetensors file: it gives away a file that was cut off."""
+    safetensors = require("safetensors")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise _damaged(folder, spec, "no *.safetensors file")
+    for path in weights:
+        try:
+            with safetensors.safe_open(path, "pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _damaged(folder, spec, f"{path.name}: {error}") from error
+
+
+def _damaged(folder: Path, spec: str, detail: str) -> EchelonError:
+    mend = "put a whole copy there" if spec.startswith("hf:") else f"run: echelon models fetch {spec} --force"
+    return EchelonError(f"model {spec} in {folder} is damaged ({detail}): {mend}")

@@ -1,0 +1,307 @@
+"""Small networks with hand-written gradients, and the mathematics of masked categorical policies.
+
+On a CPU the two-layer networks of multi-agent RL are bound by memory and by the overhead of autograd, not by
+arithmetic. Here weights live in one flat float32 vector, activations are kept in the computing type (bfloat16
+where the processor multiplies it fast), and forward and backward are a handful of matrix products each. Tests
+hold every gradient against autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from echelon.rng import uniform
+
+__all__ = [
+    "MLP",
+    "Precision",
+    "RecurrentMLP",
+    "ValueNorm",
+    "fast_bfloat16",
+    "ppo_policy_gradient",
+    "resolve_precision",
+    "sample_actions",
+]
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply bfloat16 (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe)()) for probe in probes if hasattr(torch.cpu, probe))
+
+
+def resolve_precision(precision: Precision) -> torch.dtype:
+    """The type to compute in: "auto" is bfloat16 where the processor has it, else float32."""
+    if precision == "auto":
+        return torch.bfloat16 if fast_bfloat16() else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+class MLP:
+    """Linear layers with ReLU between them, and their gradient, in one flat parameter.
+
+    Attributes:
+        flat: float32 parameter `(P,)`, all weights and biases; its `.grad` is allocated and accumulated into.
+        dtype: the type that activations and products are computed in; gradients of weights are summed in float32.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        scale: NDArray[np.float32],
+        *,
+        last_gain: float,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        """Orthogonal initialisation, gain sqrt(2) inside, `last_gain` at the output, zero biases.
+
+        Args:
+            sizes: units a layer, input first.
+            scale: float32 `(sizes[0],)`, multiplied into the input (folded into the first layer's weights).
+            last_gain: gain of the last layer.
+            dtype: float32 or bfloat16.
+            generator: where the initial weights come from.
+        """
+        self.dtype = dtype
+        shapes = [(n, m) for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.flat = torch.nn.Parameter(torch.zeros(sum(n * m + n for n, m in shapes)), requires_grad=False)
+        self.flat.grad = torch.zeros_like(self.flat)
+        self._scale = torch.from_numpy(scale)
+        self.weights, self.biases = self._views(self.flat, shapes)
+        self._weight_grads, self._bias_grads = self._views(self.flat.grad, shapes)
+        for i, weight in enumerate(self.weights):
+            gain = last_gain if i == len(shapes) - 1 else 2**0.5
+            torch.nn.init.orthogonal_(weight, gain, generator=generator)
+
+    @staticmethod
+    def _views(flat: Tensor, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
+        weights, biases, at = [], [], 0
+        for n, m in shapes:
+            weights.append(flat.data[at : at + n * m].view(n, m))
+            biases.append(flat.data[at + n * m : at + n * m + n])
+            at += n * m + n
+        return weights, biases
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The one flat parameter."""
+        return [self.flat]
+
+    def _cast(self) -> list[tuple[Tensor, Tensor]]:
+        first = self.weights[0] * self._scale
+        pairs = zip([first, *self.weights[1:]], self.biases, strict=True)
+        return [(w.to(self.dtype), b.to(self.dtype)) for w, b in pairs]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Outputs, and what `backward` needs.
+
+        Args:
+            x: `(B, sizes[0])`, any type that fits into `dtype` exactly (int8 does).
+
+        Returns:
+            float32 `(B, sizes[-1])`, and the layers' inputs.
+        """
+        layers = self._cast()
+        kept = [x.to(self.dtype)]
+        for weight, bias in layers[:-1]:
+            kept.append(torch.nn.functional.linear(kept[-1], weight, bias).relu_())
+        return torch.nn.functional.linear(kept[-1], *layers[-1]).float(), kept
+
+    @torch.no_grad()
+    def backward(self, kept: list[Tensor], grad: Tensor) -> None:
+        """Add the gradient to `flat.grad`.
+
+        Args:
+            kept: what `forward` gave.
+            grad: float32 `(B, sizes[-1])`, the loss's gradient in the outputs.
+        """
+        g = grad.to(self.dtype)
+        ones = torch.ones(1, g.shape[0], dtype=self.dtype)
+        for i in range(len(self.weights) - 1, -1, -1):
+            weight_grad = torch.mm(g.t(), kept[i])
+            self._bias_grads[i] += torch.mm(ones, g).view(-1)
+            if i:
+                self._weight_grads[i] += weight_grad
+                g = torch.mm(g, self.weights[i].to(self.dtype))
+                g = torch.ops.aten.threshold_backward(g, kept[i], 0)
+            else:
+                self._weight_grads[i] += weight_grad.float() * self._scale
+
+
+class RecurrentMLP(torch.nn.Module):
+    """Linear, ReLU, GRU, linear, over sequences, with the hidden state reset where an episode begins.
+
+    Uses autograd: the recurrence, not the overhead, sets its speed.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        scale: NDArray[np.float32],
+        *,
+        last_gain: float,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        """`sizes` is (inputs, hidden, outputs); the rest as `MLP`."""
+        super().__init__()
+        inputs, self.hidden, outputs = sizes[0], sizes[1], sizes[-1]
+        self.dtype = dtype
+        self.register_buffer("scale", torch.from_numpy(scale), persistent=False)
+        self.first = torch.nn.Linear(inputs, self.hidden)
+        self.gru = torch.nn.GRUCell(self.hidden, self.hidden)
+        self.last = torch.nn.Linear(self.hidden, outputs)
+        for module, gain in ((self.first, 2**0.5), (self.gru, 1.0), (self.last, last_gain)):
+            for name, p in module.named_parameters():
+                if "weight" in name:
+                    torch.nn.init.orthogonal_(p, gain, generator=generator)
+                else:
+                    torch.nn.init.zeros_(p)
+
+    def forward(self, x: Tensor, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs for a sequence.
+
+        Args:
+            x: `(T, B, inputs)`.
+            hidden: float32 `(B, hidden)`, the state before the first step.
+            begins: bool `(T, B)`, where a new episode begins (the state is zeroed before the step).
+
+        Returns:
+            float32 `(T, B, outputs)` and the last state, float32 `(B, hidden)`.
+        """
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            features = torch.relu(self.first(x.float() * self.scale))
+            states = []
+            for t in range(x.shape[0]):
+                hidden = self.gru(features[t], hidden * (~begins[t]).unsqueeze(-1)).float()
+                states.append(hidden)
+            return self.last(torch.stack(states)).float(), hidden
+
+
+class ValueNorm:
+    """Running mean and variance of value targets, with bias correction (PopArt's statistics, as MAPPO uses).
+
+    Attributes:
+        stats: float64 `(3,)`: decayed mean, decayed mean of squares, decayed weight.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        """`decay`: how much of the statistics one update keeps."""
+        self.decay = decay
+        self.stats = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, targets: NDArray[np.float32]) -> None:
+        """Take in a batch of unnormalised targets."""
+        new = torch.tensor([targets.mean(dtype=np.float64), np.square(targets, dtype=np.float64).mean(), 1.0])
+        self.stats.mul_(self.decay).add_(new, alpha=1 - self.decay)
+
+    def moments(self) -> tuple[float, float]:
+        """Mean and standard deviation (at least 0.01); 0 and 1 before the first update."""
+        mean, square, weight = self.stats.tolist()
+        if weight == 0:
+            return 0.0, 1.0
+        mean, square = mean / weight, square / weight
+        return mean, max(square - mean * mean, 1e-4) ** 0.5
+
+
+@numba.njit(cache=True)
+def sample_actions(logits, mask, keys, counters, greedy, actions, logp):  # type: ignore[no-untyped-def]
+    """Draw one legal action a row from the softmax of its unmasked logits, by inverse distribution.
+
+    World w's draws depend on (keys[w], counters[w]) alone; `counters` moves on by one.
+
+    Args:
+        logits: float32 `(W, A, actions)`; mask: uint8, the same shape, with at least one 1 a row.
+        keys, counters: uint64 `(W,)`.
+        greedy: take the most probable action instead (of equals the first).
+        actions: int8 `(W, A)`, written; logp: float32 `(W, A)`, written.
+    """
+    num = logits.shape[2]
+    for w in range(logits.shape[0]):
+        for a in range(logits.shape[1]):
+            top = np.float32(-np.inf)
+            best = 0
+            for k in range(num):
+                if mask[w, a, k] and logits[w, a, k] > top:
+                    top, best = logits[w, a, k], k
+            total = np.float32(0)
+            for k in range(num):
+                if mask[w, a, k]:
+                    total += np.exp(logits[w, a, k] - top)
+            if not greedy:
+                left = np.float32(uniform(keys[w], counters[w] * np.uint64(64) + np.uint64(a))) * total
+                for k in range(num):
+                    if mask[w, a, k]:
+                        best = k
+                        left -= np.exp(logits[w, a, k] - top)
+                        if left < 0:
+                            break
+            actions[w, a] = best
+            logp[w, a] = logits[w, a, best] - top - np.log(total)
+        counters[w] += np.uint64(1)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def ppo_policy_gradient(logits, mask, actions, old_logp, advantages, clip, entropy_weight, grad):  # type: ignore[no-untyped-def]
+    """The gradient in the logits of `-mean(min(ρA, clip(ρ, 1±ε) A)) - entropy_weight * mean(entropy)`.
+
+    PPO's clipped surrogate (Schulman et al. 2017, Eq. 7; L2M2's Eq. 2) in closed form for masked softmax
+    policies; masked actions get no gradient.
+
+    Args:
+        logits: float32 `(B, actions)`; mask: uint8, the same shape.
+        actions: int8 `(B,)`; old_logp, advantages: float32 `(B,)`.
+        clip: ε; entropy_weight: at least 0.
+        grad: float32, as `logits`, written.
+
+    Returns:
+        policy loss, mean entropy, mean approximate KL (Schulman's k3), share of clipped rows; float64.
+    """
+    rows, num = logits.shape
+    p = np.empty(num, np.float32)
+    loss, entropy_sum, kl_sum, clipped = 0.0, 0.0, 0.0, 0
+    inv = np.float32(1.0 / rows)
+    for i in range(rows):
+        top = np.float32(-np.inf)
+        for k in range(num):
+            if mask[i, k] and logits[i, k] > top:
+                top = logits[i, k]
+        total = np.float32(0)
+        for k in range(num):
+            p[k] = np.exp(logits[i, k] - top) if mask[i, k] else np.float32(0)
+            total += p[k]
+        log_total = np.log(total)
+        entropy = np.float32(0)
+        for k in range(num):
+            p[k] /= total
+            if p[k] > 0:
+                entropy -= p[k] * (logits[i, k] - top - log_total)
+        act = actions[i]
+        change = logits[i, act] - top - log_total - old_logp[i]
+        ratio = np.exp(change)
+        a = advantages[i]
+        bounded = min(max(ratio, np.float32(1 - clip)), np.float32(1 + clip))
+        active = ratio * a <= bounded * a
+        clipped += not active
+        loss -= min(ratio * a, bounded * a)
+        entropy_sum += entropy
+        kl_sum += ratio - 1 - change
+        push = -ratio * a * inv if active else np.float32(0)
+        for k in range(num):
+            if mask[i, k]:
+                log_p = logits[i, k] - top - log_total
+                own = np.float32(1) if k == act else np.float32(0)
+                grad[i, k] = push * (own - p[k]) + np.float32(entropy_weight) * p[k] * (log_p + entropy) * inv
+            else:
+                grad[i, k] = 0
+    return loss / rows, entropy_sum / rows, kl_sum / rows, clipped / rows

@@ -1,0 +1,134 @@
+"""A language model chooses each agent's subgoal among the candidates, by the probability of its letter.
+
+Constrained planning: the model can't say anything but one of the open candidates, so what remains for the
+feasibility chain is what a letter can't know. Prompts, the order of options and the way in which a team's
+choices are joined are our choice; the paper states none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echelon.envs.kernels import UNREACHABLE
+from echelon.llm.choice import ChoiceModel, ChoicePrompt, ChoiceScores
+from echelon.llm.prompts import Block, PromptTemplate, option_lines
+from echelon.subgoals import Plan, PlanRequest, Verdict
+
+__all__ = ["LLMPlanner"]
+
+PROMPTS = Path(__file__).parent / "prompts"
+
+
+class LLMPlanner:
+    """Scores every agent's open candidates with a model, all agents of all worlds in one batch.
+
+    An agent with one open candidate needs no model. Where two agents want one task, the one that is surer of
+    it gets it and the other its next best.
+
+    Attributes:
+        asked: agents for whom the model was asked; forced: agents that had only one open candidate.
+    """
+
+    needs_distance = True
+    cost = "model"
+
+    def __init__(self, model: ChoiceModel, *, max_options: int = 8, folder: Path = PROMPTS) -> None:
+        """Plan with `model`.
+
+        Args:
+            model: anything that scores options.
+            max_options: most candidates shown (the nearest ones), 2 to 26.
+            folder: where the templates `choose_system.txt` and `choose.txt` lie.
+        """
+        self.name = f"llm:{model.name}"
+        self.model, self.max_options = model, max_options
+        self.shared = PromptTemplate.from_file(folder / "choose_system.txt").render()
+        self.template = PromptTemplate.from_file(folder / "choose.txt")
+        self.asked = self.forced = 0
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """The most probable candidates, no task twice; agents for whom none is open wait."""
+        assert request.distance is not None
+        choice = np.full(request.need.shape, -1, np.int64)
+        questions: list[tuple[int, int, NDArray[np.int64], ChoicePrompt]] = []
+        notes: list[dict[str, Any]] = [{"model": self.model.name, "agents": {}} for _ in request.rows]
+        taken = request.taken.copy()
+        for i, a in zip(*np.nonzero(request.need), strict=True):
+            options = self._open(request, taken, int(i), int(a))
+            if len(options) == 1:
+                self.forced += 1
+                self._take(request, taken, choice, int(i), int(a), int(options[0]))
+            elif len(options) > 1:
+                questions.append((int(i), int(a), options, self.prompt(request, int(i), int(a), options)))
+        self.asked += len(questions)
+        scores = self.model.score([q[3] for q in questions]) if questions else []
+        # The surest first, so that of two that want one task the surer gets it; of equals the first asked.
+        order = sorted(range(len(questions)), key=lambda q: -float(scores[q].logprobs.max()))
+        for q in order:
+            i, a, options, prompt = questions[q]
+            ranked = options[np.argsort(-scores[q].logprobs, kind="stable")]
+            best = next((int(c) for c in ranked if not self._is_taken(request, taken, i, a, int(c))), -1)
+            if best >= 0:
+                self._take(request, taken, choice, i, a, best)
+            notes[i]["agents"][a] = self._note(prompt, scores[q], options, best)
+        plan = Plan.chosen(request, choice)
+        plan.notes = notes
+        return plan
+
+    def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
+        """What the model is asked about agent `a` of row `i` with the candidates `options` (int64 `(k,)`)."""
+        assert request.distance is not None
+        words = tuple(f"{request.text(i, a, int(c))}: {request.distance[i, a, c]} steps" for c in options)
+        verdict = Verdict(int(request.rejected[i, a]))
+        feedback = f"Your last choice was refused: {verdict.reason}.\n" if verdict else ""
+        cell = request.where(i, a)
+        text = self.template.render(
+            robot=a, cell=f"row {cell[0]}, column {cell[1]}", options=option_lines(words), feedback=Block(feedback)
+        )
+        return ChoicePrompt(self.shared, text, words)
+
+    def _open(self, request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int) -> NDArray[np.int64]:
+        assert request.distance is not None
+        c, lengths = request.candidates, request.distance[i, a]
+        usable = (c.kind[i, a] > 0) & (lengths != UNREACHABLE) & ~request.refused[i, a]
+        options = [int(k) for k in np.flatnonzero(usable) if not self._is_taken(request, taken, i, a, int(k))]
+        nearest = sorted(options, key=lambda k: (int(lengths[k]), k))[: self.max_options]
+        return np.array(sorted(nearest), np.int64)
+
+    @staticmethod
+    def _is_taken(request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int, c: int) -> bool:
+        task = int(request.candidates.task[i, a, c])
+        return task >= 0 and bool(taken[i, task])
+
+    @staticmethod
+    def _take(
+        request: PlanRequest, taken: NDArray[np.bool_], choice: NDArray[np.int64], i: int, a: int, c: int
+    ) -> None:
+        choice[i, a] = c
+        task = int(request.candidates.task[i, a, c])
+        if task >= 0 and request.is_exclusive(int(request.candidates.kind[i, a, c])):
+            taken[i, task] = True
+
+    @staticmethod
+    def _note(prompt: ChoicePrompt, scores: ChoiceScores, options: NDArray[np.int64], best: int) -> dict[str, Any]:
+        chances = np.exp(scores.logprobs).round(4).tolist()
+        at = np.flatnonzero(options == best)
+        return {
+            "prompt": prompt.text,
+            "options": [{"text": t, "probability": p} for t, p in zip(prompt.options, chances, strict=True)],
+            "chosen": int(at[0]) if len(at) else None,
+            "prompt_tokens": scores.prompt_tokens,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its counters."""
+        return {"asked": self.asked, "forced": self.forced}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.asked, self.forced = int(state["asked"]), int(state["forced"])

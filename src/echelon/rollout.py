@@ -1,0 +1,326 @@
+"""The loop's inner half: worlds, planner and subgoals joined into one thing that executors act in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echelon.envs.base import GridEnv, SubgoalKind
+from echelon.planners.base import Planner
+from echelon.planners.nearest import nearest_choice
+from echelon.subgoals import Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
+
+__all__ = ["Episodes", "PlanTrace", "TeamWorlds"]
+
+
+@dataclass
+class PlanTrace:
+    """One planning round in one world, as it is recorded: who planned, for whom, what came of it.
+
+    Attributes:
+        world, step: where and when (the step of the world's episode).
+        planner: the planner's name.
+        agents: one entry an agent that wanted a subgoal: `agent`, `subgoal` (words), `target`, `verdict`
+            ("accepted", a rejection's name, …), `reason`, `tries` (rejected proposals before), and, where
+            the planner told them, `options` with `text` and `probability`, and `chosen`.
+        note: what else the planner told (prompt, reply, tokens), JSON-able.
+        latency_ms: time that the planner took for the whole round, shared by its worlds.
+    """
+
+    world: int
+    step: int
+    planner: str
+    agents: list[dict[str, Any]]
+    note: dict[str, Any]
+    latency_ms: float
+
+
+@dataclass
+class Episodes:
+    """Sums over finished episodes, taken by `TeamWorlds.take_episodes`."""
+
+    count: int = 0
+    success: int = 0
+    length_of_success: int = 0
+    task_return: float = 0.0
+    intrinsic_return: float = 0.0
+    collisions: int = 0
+    tasks_done: float = 0.0
+
+
+@dataclass
+class PlanTime:
+    """Seconds and planning rounds of each planner."""
+
+    seconds: float = 0.0
+    rounds: int = 0
+    subgoals: dict[str, int] = field(default_factory=dict)
+
+
+class TeamWorlds:
+    """A batch of worlds whose agents carry out subgoals (or none: a flat team).
+
+    Attributes:
+        env: the worlds.
+        tracker: the subgoals in flight; None for a flat team.
+        obs: int8 `(W, A, D)`, what executors see now; mask: uint8 `(W, A, 5)`.
+        obs_scale: float32 `(D,)`.
+        reward: float32 `(W, A)`, each executor's reward of the last step.
+        cut: bool `(W, A)`, where an executor's task ended in the last step by reaching its subgoal.
+        begins: bool `(W,)`, worlds whose episode began with the last step.
+        active: bool `(W,)`, the worlds that are planned for at all; change it to leave some out.
+        traced: only worlds below this index are traced; None: all.
+        team_reward: whether all agents of a team always get the same reward.
+    """
+
+    def __init__(
+        self,
+        env: GridEnv[Any],
+        planners: Sequence[tuple[Planner, NDArray[np.bool_]]],
+        config: SubgoalConfig,
+        *,
+        gamma: float,
+        seed: int,
+        on_plan: Callable[[PlanTrace], None] | None = None,
+        trace_all: bool = False,
+    ) -> None:
+        """Join worlds and planners.
+
+        Args:
+            env: worlds; built with `extra_features=subgoals.FEATURES` unless `planners` is empty.
+            planners: which planner plans which worlds (bool `(W,)`), a partition; empty for a flat team.
+            config: triggers and rewards.
+            gamma: the executor's discount.
+            seed: root seed of what planners draw.
+            on_plan: called with each planning round of planners that cost model time (or all: `trace_all`).
+            trace_all: trace the plans of cheap planners too.
+        """
+        self.env, self.config, self.planners = env, config, list(planners)
+        self.on_plan, self.trace_all = on_plan, trace_all
+        W, A = env.num_envs, env.num_agents
+        self.tracker = SubgoalTracker(env, config, gamma, seed) if planners else None
+        self.obs, self.mask = env.obs_buffer, env.action_mask
+        scale = env.obs_scale
+        self.obs_scale = np.concatenate([scale, SubgoalTracker.scale]) if planners else scale
+        self.team_reward = not planners or config.intrinsic_weight == 0
+        self.reward = np.zeros((W, A), np.float32)
+        self.cut = np.zeros((W, A), bool)
+        self.begins = np.ones(W, bool)
+        self.active = np.ones(W, bool)
+        self.traced: int | None = None
+        self._sums = np.zeros((4, W))
+        self.episodes = Episodes()
+        self.plan_time = {p.name: PlanTime() for p, _ in self.planners}
+
+    def start(self) -> None:
+        """Plan the first subgoals: once, before the first step (not after `load_state_dict`)."""
+        self.replan()
+
+    def advance(self, actions: NDArray[np.int8]) -> None:
+        """Step all worlds up to the true next states: rewards, cuts and `obs` are those of the step's end.
+
+        Args:
+            actions: int8 `(W, A)`.
+        """
+        env, tracker = self.env, self.tracker
+        if tracker is None:
+            env.advance(actions)
+            self.reward[:] = env.reward[:, None]
+        else:
+            tracker.before()
+            env.advance(actions)
+            tracker.advance()
+            c = self.config
+            np.multiply(tracker.reward, c.intrinsic_weight, out=self.reward)
+            if c.task_weight:
+                self.reward += c.task_weight * env.reward[:, None]
+            # Reaching a subgoal ends an executor's own task; with task reward mixed in, its worth goes on.
+            np.equal(tracker.outcome, 1, out=self.cut)
+            if c.task_weight:
+                self.cut[:] = False
+            self._sums[1] += tracker.reward.mean(1)
+        self._sums[0] += env.reward
+        self._sums[2] += env.collisions
+
+    def settle(self) -> NDArray[np.bool_]:
+        """Reset finished worlds, then plan for whoever needs it; which worlds were finished, bool `(W,)`."""
+        env = self.env
+        if (done := env.terminated | env.truncated).any():
+            self._count_episodes(done)
+        env.autoreset()
+        self.begins = done
+        if self.tracker is not None:
+            if done.any():
+                self.tracker.forget(done)
+            self.replan()
+        return done
+
+    def _count_episodes(self, done: NDArray[np.bool_]) -> None:
+        e, env = self.episodes, self.env
+        e.count += int(done.sum())
+        e.success += int(env.terminated.sum())
+        e.length_of_success += int(env.steps[env.terminated].sum())
+        task, intrinsic, collisions, _ = self._sums[:, done].sum(1)
+        e.task_return += float(task)
+        e.intrinsic_return += float(intrinsic)
+        e.collisions += int(collisions)
+        self._sums[:, done] = 0
+
+    def take_episodes(self) -> Episodes:
+        """The sums over episodes that finished since the last call."""
+        taken, self.episodes = self.episodes, Episodes()
+        return taken
+
+    # -- planning ------------------------------------------------------------------------------
+
+    def replan(self) -> None:
+        """Ask the planners for the agents that need a subgoal, check what they say, and put it into flight."""
+        tracker = self.tracker
+        if tracker is None:
+            return
+        needing = tracker.need.any(1) & self.active
+        if not needing.any():
+            return
+        for planner, mine in self.planners:
+            rows = np.flatnonzero(needing & mine)
+            if len(rows):
+                self._plan(planner, rows)
+        tracker.write_features(needing)
+
+    def _plan(self, planner: Planner, rows: NDArray[np.int64]) -> None:
+        tracker = self.tracker
+        assert tracker is not None
+        start = time.perf_counter()
+        # The fallback needs path lengths too, but only when it is asked.
+        request = tracker.request(rows, distance=planner.needs_distance)
+        trace = self.on_plan is not None and (self.trace_all or planner.cost == "model")
+        todo = request.need.copy()
+        verdict = np.zeros(todo.shape, np.int8)
+        tries = np.zeros(todo.shape, np.int8)
+        rounds: list[tuple[Plan, NDArray[np.bool_], NDArray[np.int8]]] = []
+        settled = Plan.empty(request)
+        for attempt in range(self.config.retries + 1):
+            if attempt:
+                tracker.counts.retried += int(todo.sum())
+            request.rejected[:] = verdict
+            plan = planner.plan(_narrow(request, todo))
+            verdict = tracker.check(request, plan, todo)
+            accepted = todo & (verdict == Verdict.ACCEPTED)
+            _merge(settled, plan, accepted)
+            if trace:
+                rounds.append((plan, todo.copy(), verdict.copy()))
+            todo &= ~accepted
+            _mark_refused(request, plan, todo)
+            tries += todo
+            if not todo.any():
+                break
+        if todo.any():
+            self._fall_back(request, settled, todo)
+        tracker.assign(request, settled, request.need)
+        took = time.perf_counter() - start
+        spent = self.plan_time[planner.name]
+        spent.seconds += took
+        spent.rounds += len(rows)
+        if trace and self.on_plan is not None:
+            for i, w in enumerate(rows):
+                if self.traced is not None and w >= self.traced:
+                    break
+                self.on_plan(self._trace(planner, request, rounds, settled, todo, tries, i, int(w), took))
+
+    def _fall_back(self, request: PlanRequest, settled: Plan, todo: NDArray[np.bool_]) -> None:
+        """For agents whose proposals were all refused: the nearest open candidate, else wait."""
+        tracker = self.tracker
+        assert tracker is not None
+        tracker.counts.fallback += int(todo.sum())
+        lengths = request.distance
+        if lengths is None:
+            lengths = tracker.distances(request, todo)
+        choice = np.full(todo.shape, -1, np.int64)
+        c = request.candidates
+        nearest_choice(todo, c.kind, c.task, lengths, request.taken.copy(), choice)
+        plan = Plan.chosen(request, choice)
+        refused = todo & (tracker.check(request, plan, todo) != Verdict.ACCEPTED)
+        _merge(settled, plan, todo & ~refused)
+        if refused.any():
+            wait = Plan.empty(request)
+            tracker.check(request, wait, refused)
+            _merge(settled, wait, refused)
+
+    def _trace(
+        self,
+        planner: Planner,
+        request: PlanRequest,
+        rounds: list[tuple[Plan, NDArray[np.bool_], NDArray[np.int8]]],
+        settled: Plan,
+        fallback: NDArray[np.bool_],
+        tries: NDArray[np.int8],
+        i: int,
+        world: int,
+        took: float,
+    ) -> PlanTrace:
+        tracker, env = self.tracker, self.env
+        assert tracker is not None
+        agents = []
+        note: dict[str, Any] = {}
+        for a in np.flatnonzero(request.need[i]):
+            entry: dict[str, Any] = {"agent": int(a), "tries": int(tries[i, a])}
+            for plan, asked, verdict in rounds:
+                if asked[i, a]:
+                    v = Verdict(int(verdict[i, a]))
+                    entry["verdict"], entry["reason"] = v.name.lower(), None if v == 0 else v.reason
+                    if plan.notes is not None:
+                        told = plan.notes[i].get("agents", {}).get(int(a))
+                        if told:
+                            entry.update(told)
+            if fallback[i, a]:
+                entry["refused"], entry["verdict"] = entry["verdict"], "fallback"
+            kind, task = SubgoalKind(int(settled.kind[i, a])), int(settled.task[i, a])
+            target = env.row_col(int(settled.cell[i, a]))
+            entry.update(kind=kind.name.lower(), target=list(target), task=task if task >= 0 else None)
+            agents.append(entry)
+        for plan, _, _ in rounds:
+            if plan.notes is not None:
+                note.update({k: v for k, v in plan.notes[i].items() if k != "agents"})
+        return PlanTrace(world, int(env.steps[world]), planner.name, agents, note, 1000 * took)
+
+    # -- the whole state, for checkpoints --------------------------------------------------------
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Everything that decides what happens next, as arrays by dotted names."""
+        state = {f"env.{k}": v for k, v in self.env.state_dict().items()}
+        if self.tracker is not None:
+            state |= {f"tracker.{k}": v for k, v in self.tracker.state_dict().items()}
+        return state | {"begins": self.begins.copy(), "sums": self._sums.copy()}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state_dict` gave."""
+        self.env.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("env.")})
+        if self.tracker is not None:
+            self.tracker.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("tracker.")})
+        self.begins = state["begins"].copy()
+        self._sums[:] = state["sums"]
+
+
+def _mark_refused(request: PlanRequest, plan: Plan, which: NDArray[np.bool_]) -> None:
+    """Note which candidates the rejected proposals were."""
+    c = request.candidates
+    same = (c.kind == plan.kind[..., None]) & (c.cell == plan.cell[..., None]) & (c.task == plan.task[..., None])
+    request.refused[:] |= same & which[..., None]
+
+
+def _narrow(request: PlanRequest, todo: NDArray[np.bool_]) -> PlanRequest:
+    """The request for the agents that are still to be settled."""
+    if (todo == request.need).all():
+        return request
+    return replace(request, need=todo)
+
+
+def _merge(into: Plan, plan: Plan, which: NDArray[np.bool_]) -> None:
+    into.kind[which] = plan.kind[which]
+    into.cell[which] = plan.cell[which]
+    into.task[which] = plan.task[which]

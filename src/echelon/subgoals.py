@@ -1,0 +1,612 @@
+"""Subgoals in flight: the feasibility chain, intrinsic rewards, replan triggers and what executors see.
+
+Knows grid worlds only by their contract (`envs.base`), and no planner: planners are handed a `PlanRequest` and
+answer with a `Plan`; nothing that a planner says is trusted before `SubgoalTracker.check` has passed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from echelon.envs.base import Candidates, GridEnv, Scene, Subgoal, SubgoalKind, subgoal_text
+from echelon.envs.kernels import UNREACHABLE, WALL, clip8, distance_field, first_step, write_way
+from echelon.errors import EchelonError
+from echelon.rng import mix, spawn_keys
+
+__all__ = [
+    "DIRECTIONS",
+    "FEATURES",
+    "Outcome",
+    "Plan",
+    "PlanRequest",
+    "Subgoal",
+    "SubgoalConfig",
+    "SubgoalKind",
+    "SubgoalTracker",
+    "Verdict",
+]
+
+FEATURES = 20
+"""What an executor sees of its subgoal, appended to its observation; see `SubgoalTracker`."""
+
+DIRECTIONS = ("north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west")
+_DIR_ROW = np.array([-1, -1, 0, 1, 1, 1, 0, -1])
+_DIR_COL = np.array([0, 1, 1, 1, 0, -1, -1, -1])
+_NUM_KINDS = len(SubgoalKind)
+_FIRST_TASK_KIND = int(SubgoalKind.FETCH)
+# A task of these kinds is done by one agent; two with the same one would get in each other's way.
+_EXCLUSIVE = np.array([k in (SubgoalKind.REGION, SubgoalKind.FETCH, SubgoalKind.REPAIR) for k in SubgoalKind])
+
+
+class Outcome(IntEnum):
+    """What became of an agent's subgoal in the last step."""
+
+    ACTIVE = 0
+    REACHED = 1
+    FAILED = 2
+    TIMED_OUT = 3
+
+
+class Verdict(IntEnum):
+    """What the feasibility chain says of a proposed subgoal, in the order in which it asks."""
+
+    ACCEPTED = 0
+    FORM = 1
+    ILLEGAL = 2
+    UNREACHABLE = 3
+    DUPLICATE = 4
+
+    @property
+    def reason(self) -> str:
+        """The reason, as it is told back to a planner."""
+        return (
+            "accepted",
+            "it names no subgoal of this scene",
+            "the robot can't do that now",
+            "no path leads there",
+            "another robot already has this task",
+        )[self]
+
+
+@dataclass(frozen=True)
+class SubgoalConfig:
+    """When agents get new subgoals, and what reaching them is worth. All defaults are our choice."""
+
+    space: Literal["task", "cell", "region", "direction"] = "task"
+    """Candidates offered to planners: the world's tasks, random free cells, a 4x4 grid of regions, 8 directions."""
+    every: int = 0
+    """Replan every so many steps, besides the triggers below; 0: never by time alone."""
+    scope: Literal["agent", "team"] = "agent"
+    """Who is replanned when one agent needs it: that agent alone, or the whole team."""
+    on_reached: bool = True
+    """Replan when the subgoal is reached."""
+    on_failed: bool = True
+    """Replan when the subgoal can no longer be done (another took the task)."""
+    on_timeout: bool = True
+    """Replan when the deadline has passed."""
+    on_event: bool = True
+    """Replan the team when the world shows something new (a target comes into sight)."""
+    slack: float = 3.0
+    """A subgoal's deadline, in path lengths to its target, plus 8 steps."""
+    wait: int = 4
+    """Steps that a wait lasts."""
+    retries: int = 2
+    """How often a rejected subgoal is sent back to the planner with the reason before the fallback decides."""
+    intrinsic: Literal["distance", "potential", "reached"] = "potential"
+    """Intrinsic reward: the paper's Eq. 1, -beta * distance + 1[reached]; potential-based on path lengths; or
+    1[reached] alone."""
+    beta: float = 0.05
+    """Weight of the distance (per cell) in the intrinsic reward."""
+    task_weight: float = 0.0
+    """Weight of the environment's task reward in an executor's reward."""
+    intrinsic_weight: float = 1.0
+    """Weight of the intrinsic reward in an executor's reward."""
+    guidance: Literal["vector", "route"] = "vector"
+    """What an executor is told of the way: direction and distance, or also which moves shorten the path."""
+
+    def __post_init__(self) -> None:
+        for name, good, need in (
+            ("every", self.every >= 0, "at least 0"),
+            ("slack", self.slack >= 1, "at least 1"),
+            ("wait", self.wait >= 1, "at least 1"),
+            ("retries", self.retries >= 0, "at least 0"),
+            ("beta", self.beta >= 0, "at least 0"),
+        ):
+            if not good:
+                raise EchelonError(f"subgoals.{name} is {getattr(self, name)}: it must be {need}")
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a planner is asked: some worlds, as arrays of n rows, one a world.
+
+    Attributes:
+        rows: int64 `(n,)`, the worlds' indices.
+        need: bool `(n, A)`, the agents that want a subgoal.
+        candidates: what makes sense for each agent, arrays `(n, A, C)`.
+        distance: uint16 `(n, A, C)`, path lengths from agent to candidate, `UNREACHABLE` where none leads or
+            where there is no candidate; None unless the planner's `needs_distance` is true.
+        taken: bool `(n, T)`, tasks that agents who aren't asked are busy with.
+        pos: int32 `(n, A)`, cells.
+        keys: uint64 `(n, A)`, fresh random bits for each agent, independent of the batch.
+        rejected: int8 `(n, A)`, the `Verdict` on this agent's last proposal in this round, 0 at first.
+        refused: bool `(n, A, C)`, candidates that were proposed in this round and rejected.
+        grid: uint8 `(W, cells)`, the worlds' cells, to be indexed by `rows`.
+        scene: the structured view of a world, built when asked for.
+        text: a candidate in words: (row, agent, candidate) -> str.
+        row_col: a flat cell as (row, col).
+    """
+
+    rows: NDArray[np.int64]
+    need: NDArray[np.bool_]
+    candidates: Candidates
+    distance: NDArray[np.uint16] | None
+    taken: NDArray[np.bool_]
+    pos: NDArray[np.int32]
+    keys: NDArray[np.uint64]
+    rejected: NDArray[np.int8]
+    refused: NDArray[np.bool_]
+    grid: NDArray[np.uint8]
+    scene: Callable[[int], Scene]
+    text: Callable[[int, int, int], str]
+    row_col: Callable[[int], tuple[int, int]]
+
+    def where(self, i: int, a: int) -> tuple[int, int]:
+        """The cell (row, col) of agent `a` in row `i`."""
+        return self.row_col(int(self.pos[i, a]))
+
+    @staticmethod
+    def is_exclusive(kind: int) -> bool:
+        """Whether a task of this kind may be given to one agent only."""
+        return bool(_EXCLUSIVE[kind])
+
+
+@dataclass
+class Plan:
+    """A planner's answer: subgoals as arrays `(n, A)`, read only where `PlanRequest.need` is true.
+
+    Attributes:
+        kind: int8, a `SubgoalKind`; anything else is a rejected form.
+        cell: int32, the target as a flat index of the padded grid.
+        task: int16, task id or -1.
+        notes: what a person wants to know of how it came about, one JSON-able mapping a row, or None.
+    """
+
+    kind: NDArray[np.int8]
+    cell: NDArray[np.int32]
+    task: NDArray[np.int16]
+    notes: list[dict[str, Any]] | None = None
+
+    @classmethod
+    def empty(cls, request: PlanRequest) -> Plan:
+        """A plan in which everybody waits where they are."""
+        shape = request.need.shape
+        return cls(np.zeros(shape, np.int8), request.pos.copy(), np.full(shape, -1, np.int16))
+
+    @classmethod
+    def chosen(cls, request: PlanRequest, choice: NDArray[np.int64]) -> Plan:
+        """The plan that gives each agent the candidate `choice` (int64 `(n, A)`; -1: wait)."""
+        plan = cls.empty(request)
+        i, a = np.nonzero(choice >= 0)
+        c = choice[i, a]
+        plan.kind[i, a] = request.candidates.kind[i, a, c]
+        plan.cell[i, a] = request.candidates.cell[i, a, c]
+        plan.task[i, a] = request.candidates.task[i, a, c]
+        return plan
+
+
+@dataclass
+class Counts:
+    """What happened to subgoals since the counts were last taken."""
+
+    given: int = 0
+    reached: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    retried: int = 0
+    fallback: int = 0
+    rejected: dict[str, int] = field(default_factory=lambda: {v.name.lower(): 0 for v in Verdict if v})
+
+
+class SubgoalTracker:
+    """The subgoals in flight of a batch of worlds.
+
+    Writes what executors see of their subgoals into the last `FEATURES` columns of `env.obs_buffer`, int8: kind
+    (one-hot, 8); present, sign and size of the straight way (5); path length; time left (127 to 0); whether
+    north, east, south, west shorten the path (±1, 0; all 0 unless `guidance` is "route"); one spare zero.
+    `scale` (float32 `(FEATURES,)`) brings them to about ±1.
+
+    Attributes (W worlds, A agents):
+        kind: int8 `(W, A)`, -1 where an agent has no subgoal; cell: int32, task: int16, age, deadline: int32.
+        field: uint16 `(W, A, cells)`, path lengths to each agent's target.
+        outcome: int8 `(W, A)`, an `Outcome`, of the last step.
+        reward: float32 `(W, A)`, the intrinsic reward of the last step.
+        need: bool `(W, A)`, who wants a new subgoal.
+    """
+
+    scale = np.array([1] * 8 + [1, 1, 1, 1 / 16, 1 / 16] + [1 / 32, 1 / 127] + [1] * 4 + [1], np.float32)
+
+    def __init__(self, env: GridEnv[Any], config: SubgoalConfig, gamma: float, seed: int) -> None:
+        """Track subgoals in `env`, which must have been built with `extra_features=FEATURES`.
+
+        Args:
+            env: the worlds.
+            config: triggers and rewards.
+            gamma: the executor's discount, used by the potential-based reward.
+            seed: root seed of what planners draw.
+        """
+        W, A = env.num_envs, env.num_agents
+        self.env, self.config, self.gamma = env, config, gamma
+        self.kind = np.full((W, A), -1, np.int8)
+        self.cell = np.zeros((W, A), np.int32)
+        self.task = np.full((W, A), -1, np.int16)
+        self.age = np.zeros((W, A), np.int32)
+        self.deadline = np.ones((W, A), np.int32)
+        self.field = np.zeros((W, A, env.num_cells), np.uint16)
+        self.outcome = np.zeros((W, A), np.int8)
+        self.reward = np.zeros((W, A), np.float32)
+        self.need = np.ones((W, A), bool)
+        self.keys = spawn_keys(seed, (1,), W)
+        self.counters = np.zeros(W, np.uint64)
+        self.features = env.obs_buffer[:, :, env.obs_size :]
+        self.counts = Counts()
+        self._open = np.ones((W, A), bool)
+        self._queue = np.zeros(env.num_cells, np.int32)
+        self._every = np.ones(W, bool)
+        self._before = env.pos.copy()
+
+    # -- time passes ---------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Judge the subgoals after `env.advance` (before `env.autoreset`): outcomes, rewards, features, needs."""
+        env, c = self.env, self.config
+        env.subgoals_open(self.kind, self.task, self._open)
+        mode = {"distance": 0, "potential": 1, "reached": 2}[c.intrinsic]
+        _judge(
+            self.kind, self.cell, self.task, self.age, self.deadline, self.field, self.outcome, self.reward,
+            self.need, self._open, env.pos, env.task_done_by, env.row_of, env.col_of, self._before, mode,
+            c.beta, self.gamma, (c.on_reached, c.on_failed, c.on_timeout), c.every,
+        )  # fmt: skip
+        if c.on_event and env.new_info.any():
+            self.need |= (env.new_info & ~(env.terminated | env.truncated))[:, None]
+        if c.scope == "team":
+            self.need |= self.need.any(1, keepdims=True)
+        # A wait that is over has not failed at anything.
+        counted = np.bincount(self.outcome[self.kind > 0], minlength=4)
+        self.counts.reached += int(counted[Outcome.REACHED])
+        self.counts.failed += int(counted[Outcome.FAILED])
+        self.counts.timed_out += int(counted[Outcome.TIMED_OUT])
+        self.write_features(self._every)
+
+    def before(self) -> None:
+        """Remember where everybody is: call before `env.advance`."""
+        self._before[:] = self.env.pos
+
+    def forget(self, which: NDArray[np.bool_]) -> None:
+        """Drop the subgoals of worlds that begin a new episode (bool `(W,)`); everybody there needs one."""
+        self.kind[which] = -1
+        self.task[which] = -1
+        self.need[which] = True
+
+    def write_features(self, which: NDArray[np.bool_]) -> None:
+        """Write what executors see of their subgoals in the worlds `which` (bool `(W,)`)."""
+        env = self.env
+        _write_features(
+            which, self.features, self.kind, self.cell, self.age, self.deadline, self.field, env.grid, env.pos,
+            env.row_of, env.col_of, env.offsets, self.config.guidance == "route",
+        )  # fmt: skip
+
+    # -- planning ------------------------------------------------------------------------------
+
+    def request(self, rows: NDArray[np.int64], *, distance: bool) -> PlanRequest:
+        """What a planner is asked for the worlds `rows` (int64 `(n,)`), fresh random bits included."""
+        env = self.env
+        need = self.need[rows]
+        keys = np.zeros(need.shape, np.uint64)
+        _draw(rows, self.keys, self.counters, keys)
+        candidates = self.candidates(rows, keys)
+        lengths = self._lengths(rows, need, candidates) if distance else None
+        taken = np.zeros((len(rows), env.num_tasks), bool)
+        i, a = np.nonzero(~need & (self.task[rows] >= 0))
+        busy = _EXCLUSIVE[self.kind[rows[i], a]]
+        taken[i[busy], self.task[rows[i], a][busy]] = True
+        return PlanRequest(
+            rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
+            np.zeros(candidates.kind.shape, bool), env.grid, env.scene,
+            lambda i, a, c: self.text(candidates, i, a, c), env.row_col,
+        )  # fmt: skip
+
+    def distances(self, request: PlanRequest, which: NDArray[np.bool_]) -> NDArray[np.uint16]:
+        """Path lengths from the agents `which` (bool `(n, A)`) to their candidates, uint16 `(n, A, C)`."""
+        return self._lengths(request.rows, which, request.candidates)
+
+    def _lengths(
+        self, rows: NDArray[np.int64], which: NDArray[np.bool_], candidates: Candidates
+    ) -> NDArray[np.uint16]:
+        env = self.env
+        lengths = np.full(candidates.kind.shape, UNREACHABLE, np.uint16)
+        scratch = np.empty(env.num_cells, np.uint16)
+        _measure(
+            rows, which, candidates.kind, candidates.cell, env.grid, env.pos, env.stride, lengths, scratch, self._queue
+        )
+        return lengths
+
+    def candidates(self, rows: NDArray[np.int64], keys: NDArray[np.uint64]) -> Candidates:
+        """The candidates of the configured space for the worlds `rows`; `keys` decide what is random."""
+        env, space = self.env, self.config.space
+        if space == "task":
+            return env.candidate_arrays(rows)
+        count = {"cell": 8, "region": 16, "direction": 8}[space]
+        shape = (len(rows), env.num_agents, count)
+        kind, cell = np.full(shape, -1, np.int8), np.zeros(shape, np.int32)
+        scratch = np.empty(env.num_cells, np.int32)
+        if space == "cell":
+            _cell_candidates(rows, env.grid, keys, kind, cell, scratch)
+        elif space == "region":
+            _region_candidates(rows, env.grid, env.height, env.width, env.view, env.stride, kind, cell)
+        else:
+            _direction_candidates(
+                rows, env.grid, env.pos, env.row_of, env.col_of, env.height, env.width, env.view, env.stride, kind, cell
+            )
+        return Candidates(kind, cell, np.full(shape, -1, np.int16))
+
+    def text(self, candidates: Candidates, i: int, a: int, c: int) -> str:
+        """A candidate in words."""
+        kind, cell, task = (int(x[i, a, c]) for x in (candidates.kind, candidates.cell, candidates.task))
+        return subgoal_text(SubgoalKind(kind), self.env.row_col(cell), task)
+
+    def check(self, request: PlanRequest, plan: Plan, todo: NDArray[np.bool_]) -> NDArray[np.int8]:
+        """The feasibility chain: form, legality, reachability, no two agents with one task.
+
+        Args:
+            request: what was asked.
+            plan: what the planner answered.
+            todo: bool `(n, A)`, the agents whose proposals are looked at; tasks of agents already settled in
+                this round must be marked in `request.taken`.
+
+        Returns:
+            int8 `(n, A)`, a `Verdict` where `todo`; accepted agents' path fields are ready, and their tasks are
+            marked as taken in `request.taken`.
+        """
+        env = self.env
+        verdict = np.zeros(todo.shape, np.int8)
+        _check(
+            request.rows, todo, plan.kind, plan.cell, plan.task, request.candidates.kind, request.candidates.cell,
+            request.candidates.task, request.taken, env.grid, env.pos, env.stride, self.field, verdict, self._queue,
+            _EXCLUSIVE,
+        )  # fmt: skip
+        for v, n in enumerate(np.bincount(verdict[todo], minlength=len(Verdict))):
+            if v:
+                self.counts.rejected[Verdict(v).name.lower()] += int(n)
+        return verdict
+
+    def assign(self, request: PlanRequest, plan: Plan, which: NDArray[np.bool_]) -> None:
+        """Put accepted subgoals into flight for the agents `which` (bool `(n, A)`)."""
+        i, a = np.nonzero(which)
+        w = request.rows[i]
+        self.kind[w, a] = plan.kind[i, a]
+        self.cell[w, a] = plan.cell[i, a]
+        self.task[w, a] = plan.task[i, a]
+        self.age[w, a] = 0
+        length = self.field[w, a, self.env.pos[w, a]].astype(np.int32)
+        wait = plan.kind[i, a] == SubgoalKind.WAIT
+        self.deadline[w, a] = np.where(wait, self.config.wait, (self.config.slack * length).astype(np.int32) + 8)
+        self.need[w, a] = False
+        self.counts.given += len(i)
+
+    def subgoal(self, world: int, agent: int) -> Subgoal | None:
+        """The subgoal in flight of one agent, as an object."""
+        kind = int(self.kind[world, agent])
+        if kind < 0:
+            return None
+        target, task = self.env.row_col(int(self.cell[world, agent])), int(self.task[world, agent])
+        text = subgoal_text(SubgoalKind(kind), target, task)
+        left = int(self.deadline[world, agent] - self.age[world, agent])
+        return Subgoal(SubgoalKind(kind), target, task if task >= 0 else None, text, left)
+
+    # -- the whole state, for checkpoints --------------------------------------------------------
+
+    _state = ("kind", "cell", "task", "age", "deadline", "outcome", "reward", "need", "keys", "counters")
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Everything that decides what happens next, as copies."""
+        return {name: getattr(self, name).copy() for name in self._state}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state_dict` gave; call it after the environment's own."""
+        for name in self._state:
+            getattr(self, name)[...] = state[name]
+        # The path fields follow from the targets and the walls: megabytes that no checkpoint has to hold.
+        _fill_fields(self.field, self.kind, self.cell, self.env.grid, self.env.stride, self._queue)
+
+
+@numba.njit(cache=True)
+def _draw(rows, keys, counters, out):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        for a in range(out.shape[1]):
+            out[i, a] = mix(keys[w], counters[w])
+            counters[w] += np.uint64(1)
+
+
+@numba.njit(cache=True)
+def _fill_fields(field, kind, cell, grid, stride, queue):  # type: ignore[no-untyped-def]
+    for w in range(kind.shape[0]):
+        for a in range(kind.shape[1]):
+            if kind[w, a] >= 0:
+                distance_field(field[w, a], grid[w], cell[w, a], stride, queue)
+
+
+@numba.njit(cache=True)
+def _judge(  # type: ignore[no-untyped-def]
+    kind, cell, task, age, deadline, field, outcome, reward, need, is_open, pos, done_by, row_of, col_of, before,
+    mode, beta, gamma, triggers, every,
+):  # fmt: skip
+    on_reached, on_failed, on_timeout = triggers
+    for w in range(kind.shape[0]):
+        for a in range(kind.shape[1]):
+            outcome[w, a] = 0
+            reward[w, a] = 0
+            if kind[w, a] < 0:
+                continue
+            age[w, a] += 1
+            here, goal, t = pos[w, a], cell[w, a], task[w, a]
+            wait = kind[w, a] == 0
+            reached = (not wait and here == goal) or (t >= 0 and done_by[w, t] == a)
+            if reached:
+                outcome[w, a] = 1
+            elif not is_open[w, a]:
+                outcome[w, a] = 2
+            elif age[w, a] >= deadline[w, a]:
+                outcome[w, a] = 3
+            if mode == 0:
+                dr, dc = row_of[here] - row_of[goal], col_of[here] - col_of[goal]
+                reward[w, a] = -beta * np.sqrt(np.float64(dr * dr + dc * dc)) + reached
+            elif mode == 1:
+                # F = beta (gamma Phi(s') - Phi(s)), Phi = -path length; Phi is zero at the end of a subgoal.
+                after = 0.0 if reached else np.float64(field[w, a, here])
+                reward[w, a] = beta * (np.float64(field[w, a, before[w, a]]) - gamma * after) + reached
+            else:
+                reward[w, a] = reached
+            o = outcome[w, a]
+            if (
+                (o == 1 and on_reached) or (o == 2 and on_failed) or (o == 3 and (on_timeout or wait))
+                or (every > 0 and age[w, a] % every == 0)
+            ):  # fmt: skip
+                need[w, a] = True
+
+
+@numba.njit(cache=True)
+def _write_features(  # type: ignore[no-untyped-def]
+    which, out, kind, cell, age, deadline, field, grid, pos, row_of, col_of, offsets, route
+):
+    for w in range(which.shape[0]):
+        if not which[w]:
+            continue
+        for a in range(kind.shape[1]):
+            f = out[w, a]
+            f[:] = 0
+            k = kind[w, a]
+            if k < 0:
+                continue
+            here, goal = pos[w, a], cell[w, a]
+            f[k] = 1
+            write_way(f[8:13], row_of[goal] - row_of[here], col_of[goal] - col_of[here])
+            f[13] = clip8(np.int64(field[w, a, here]))
+            f[14] = clip8(127 * (deadline[w, a] - age[w, a]) // deadline[w, a])
+            if route:
+                for m in range(1, 5):
+                    f[14 + m] = first_step(field[w, a], grid[w], here, offsets[m])
+
+
+@numba.njit(cache=True)
+def _measure(rows, need, kind, cell, grid, pos, stride, lengths, field, queue):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        for a in range(need.shape[1]):
+            if not need[i, a]:
+                continue
+            distance_field(field, grid[w], pos[w, a], stride, queue)
+            for c in range(kind.shape[2]):
+                if kind[i, a, c] >= 0:
+                    lengths[i, a, c] = field[cell[i, a, c]]
+
+
+@numba.njit(cache=True)
+def _check(  # type: ignore[no-untyped-def]
+    rows, todo, kind, cell, task, c_kind, c_cell, c_task, taken, grid, pos, stride, field, verdict, queue, exclusive
+):
+    cells, tasks = grid.shape[1], taken.shape[1]
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        for a in range(todo.shape[1]):
+            if not todo[i, a]:
+                continue
+            k, c, t = kind[i, a], cell[i, a], task[i, a]
+            if not (0 <= k < exclusive.shape[0] and 0 <= c < cells and -1 <= t < tasks) or (k >= 4 and t < 0):
+                verdict[i, a] = 1
+                continue
+            legal = not grid[w, c] & WALL
+            if k == 0:
+                legal = c == pos[w, a]
+            elif t >= 0:
+                # What is about a task must be a candidate of this agent; anyone may be sent to a free cell.
+                legal = False
+                for j in range(c_kind.shape[2]):
+                    if c_kind[i, a, j] == k and c_task[i, a, j] == t and c_cell[i, a, j] == c:
+                        legal = True
+            if not legal:
+                verdict[i, a] = 2
+                continue
+            distance_field(field[w, a], grid[w], c, stride, queue)
+            if field[w, a, pos[w, a]] == UNREACHABLE:
+                verdict[i, a] = 3
+                continue
+            if t >= 0 and exclusive[k]:
+                if taken[i, t]:
+                    verdict[i, a] = 4
+                    continue
+                taken[i, t] = True
+
+
+@numba.njit(cache=True)
+def _cell_candidates(rows, grid, keys, kind, cell, free):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        n = 0
+        for c in range(grid.shape[1]):
+            if not grid[w, c] & WALL:
+                free[n] = c
+                n += 1
+        for a in range(kind.shape[1]):
+            for j in range(kind.shape[2]):
+                r = mix(keys[i, a], np.uint64(j + 1))
+                kind[i, a, j] = 1
+                cell[i, a, j] = free[r % np.uint64(n)]
+
+
+@numba.njit(cache=True)
+def _region_candidates(rows, grid, height, width, view, stride, kind, cell):  # type: ignore[no-untyped-def]
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        for j in range(16):
+            top, bottom = height * (j // 4) // 4, height * (j // 4 + 1) // 4
+            left, right = width * (j % 4) // 4, width * (j % 4 + 1) // 4
+            best, best_d = -1, 1 << 30
+            for r in range(top, bottom):
+                for c in range(left, right):
+                    flat = (r + view) * stride + c + view
+                    d = abs(2 * r - top - bottom + 1) + abs(2 * c - left - right + 1)
+                    if not grid[w, flat] & WALL and d < best_d:
+                        best, best_d = flat, d
+            for a in range(kind.shape[1]):
+                if best >= 0:
+                    kind[i, a, j] = 2
+                    cell[i, a, j] = best
+
+
+@numba.njit(cache=True)
+def _direction_candidates(  # type: ignore[no-untyped-def]
+    rows, grid, pos, row_of, col_of, height, width, view, stride, kind, cell
+):
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        for a in range(kind.shape[1]):
+            for j in range(8):
+                target = -1
+                for step in range(1, 7):
+                    r = row_of[pos[w, a]] + step * _DIR_ROW[j]
+                    c = col_of[pos[w, a]] + step * _DIR_COL[j]
+                    flat = (r + view) * stride + c + view
+                    if 0 <= r < height and 0 <= c < width and not grid[w, flat] & WALL:
+                        target = flat
+                if target >= 0:
+                    kind[i, a, j] = 3
+                    cell[i, a, j] = target

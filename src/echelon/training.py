@@ -1,0 +1,445 @@
+"""The loop that joins environment, planner, executor and algorithm, and makes it survive anything.
+
+A run is a folder: `config.toml`, `versions.json`, `metrics.jsonl` (bit-identical for a seed), `timings.jsonl`
+(how long things took), `plans.jsonl`, TensorBoard events and `checkpoints/`. Work between two checkpoints is
+done again after a crash and comes out the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+import echelon
+from echelon._files import (
+    JsonLines,
+    atomic_write_json,
+    atomic_write_text,
+    explain_os_error,
+    only_writer,
+    remove_leftovers,
+)
+from echelon.algorithms.mappo import MAPPO
+from echelon.buffers import RolloutBuffer
+from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
+from echelon.configs import RunConfig, read_toml, to_toml
+from echelon.envs import env_name, make
+from echelon.errors import EchelonError
+from echelon.executors import Executor, LearnedExecutor, ModelExecutor
+from echelon.llm.choice import CausalChoiceModel
+from echelon.methods import method
+from echelon.planners import Planner, make_rule_planner
+from echelon.planners.llm import LLMPlanner
+from echelon.rollout import PlanTrace, TeamWorlds
+from echelon.subgoals import FEATURES, Counts
+
+__all__ = ["Progress", "Trainer", "build_algorithm", "build_executor", "build_worlds", "load_policy", "model_of"]
+
+_models: dict[str, CausalChoiceModel] = {}
+
+
+def model_of(spec: str) -> CausalChoiceModel:
+    """The language model of that name, loaded once a process.
+
+    Raises:
+        EchelonError: it isn't known, isn't fetched or is damaged.
+    """
+    if spec not in _models:
+        _models[spec] = CausalChoiceModel.load(spec)
+    return _models[spec]
+
+
+def build_planner(spec: str, config: RunConfig) -> Planner:
+    """The planner of that name; "llm" alone stands for the configured model."""
+    if spec == "llm":
+        return LLMPlanner(model_of(config.model))
+    if spec.startswith("llm:"):
+        return LLMPlanner(model_of(spec[4:]))
+    return make_rule_planner(spec)
+
+
+def build_worlds(
+    config: RunConfig,
+    *,
+    num_envs: int,
+    seed: int,
+    training: bool,
+    on_plan: Callable[[PlanTrace], None] | None = None,
+    trace_all: bool = False,
+) -> TeamWorlds:
+    """The worlds of a run with its planners.
+
+    Args:
+        config: the run.
+        num_envs: worlds in the batch.
+        seed: root seed of the worlds and of what planners draw.
+        training: while training, a language model plans only its share of the worlds.
+        on_plan, trace_all: see `TeamWorlds`.
+    """
+    kind = method(config.method)
+    spec = kind.train_planner if training else kind.eval_planner
+    if spec is not None and config.planner is not None:
+        spec = config.planner
+    planners: list[tuple[Planner, NDArray[np.bool_]]] = []
+    if spec is not None:
+        mine = np.ones(num_envs, bool)
+        if training and spec.startswith("llm") and kind.learns:
+            mine[:] = np.arange(num_envs) < max(1, round(config.llm_share * num_envs))
+        planners.append((build_planner(spec, config), mine))
+        if not mine.all():
+            planners.append((make_rule_planner(config.cheap_planner), ~mine))
+    env = make(
+        env_name(config.env), config.env, num_envs=num_envs, seed=seed, extra_features=FEATURES if planners else 0
+    )
+    return TeamWorlds(
+        env, planners, config.subgoals, gamma=config.algorithm.gamma, seed=seed, on_plan=on_plan, trace_all=trace_all
+    )
+
+
+def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> MAPPO:
+    """Fresh networks for a run's worlds."""
+    env = worlds.env
+    return MAPPO(
+        config.algorithm,
+        num_envs=env.num_envs,
+        num_agents=env.num_agents,
+        obs_scale=worlds.obs_scale,
+        state_size=env.state_size,
+        num_actions=env.num_actions,
+        team_reward=worlds.team_reward,
+        seed=config.seed,
+    )
+
+
+def build_executor(config: RunConfig, worlds: TeamWorlds, policy: dict[str, torch.Tensor] | None) -> Executor:
+    """Who acts in `worlds`: the policy's tensors, an untrained policy, or the model, as the method says."""
+    if method(config.method).executor == "model":
+        return ModelExecutor(model_of(config.model), worlds.env.num_envs, config.seed)
+    algorithm = build_algorithm(config, worlds)
+    if policy is not None:
+        algorithm.load_state_dict(policy, policy_only=True)
+    return LearnedExecutor(algorithm)
+
+
+def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None]:
+    """A run's config and its newest policy (None where its method has nothing to learn).
+
+    Raises:
+        EchelonError: no run there, nothing trained yet, or damaged files.
+    """
+    config = _read_run(folder)
+    if not method(config.method).learns:
+        return config, None
+    saved = checkpoints_of(folder / "checkpoints")
+    if not saved:
+        raise EchelonError(f"run {folder} has no checkpoint yet: train it with echelon train --resume {folder}")
+    return config, load_checkpoint(saved[-1]).algorithm
+
+
+def _read_run(folder: Path) -> RunConfig:
+    if not (folder / "config.toml").exists():
+        raise EchelonError(f"{folder} is no run: it has no config.toml")
+    return read_toml(folder / "config.toml")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, for whoever shows it.
+
+    Attributes:
+        step, steps: environment steps done and wanted.
+        metrics: the newest line of `metrics.jsonl`.
+        rate: environment steps a second since the last call.
+        shares: the share of that time by stage.
+    """
+
+    step: int
+    steps: int
+    metrics: dict[str, Any]
+    rate: float
+    shares: dict[str, float]
+
+
+class Trainer:
+    """One run: trains, logs, checkpoints, resumes.
+
+    Attributes:
+        config: the run's config.
+        folder: where it lives.
+        step: environment steps done.
+        worlds, algorithm: what is trained in what.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        """Prepare a new run; nothing is written before everything could be built.
+
+        Raises:
+            EchelonError: there is a run in `folder`, or a setting, map or model can't be used.
+        """
+        if (folder / "config.toml").exists():
+            raise EchelonError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
+        self._build(config, folder)
+        self.worlds.start()
+        atomic_write_json(folder / "versions.json", _versions())
+        # The config last: a folder that has one is a run.
+        atomic_write_text(folder / "config.toml", to_toml(self.config))
+
+    def _build(self, config: RunConfig, folder: Path) -> None:
+        if not method(config.method).learns:
+            raise EchelonError(f"method {config.method} has nothing to train: use echelon evaluate or compare")
+        # Sums in parallel depend on the number of threads, so it belongs to the run.
+        self.config = dataclasses.replace(config, threads=config.threads or os.cpu_count() or 1)
+        torch.set_num_threads(self.config.threads or 1)
+        self.folder, self.step, self._plans = folder, 0, None
+        self.worlds = build_worlds(
+            config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=self._record
+        )
+        self.algorithm = build_algorithm(config, self.worlds)
+        env = self.worlds.env
+        self._buffer = RolloutBuffer(
+            config.algorithm.rollout, env.num_envs, env.num_agents, len(self.worlds.obs_scale), env.state_size,
+            env.num_actions,
+        )  # fmt: skip
+        self._pending: list[PlanTrace] = []
+        self._sizes = {"metrics.jsonl": 0, "timings.jsonl": 0, "plans.jsonl": 0}
+        self._seconds = 0.0
+
+    _plans: JsonLines | None
+
+    @classmethod
+    def resume(cls, folder: Path, *, steps: int | None = None) -> Trainer:
+        """A run as its newest checkpoint left it.
+
+        Args:
+            folder: the run.
+            steps: train up to so many steps instead of what the run was started with.
+
+        Raises:
+            EchelonError: no run there, damaged files, or more steps done than asked for.
+        """
+        config = _read_run(folder)
+        if steps is not None:
+            config = dataclasses.replace(config, steps=steps)
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
+        trainer = cls.__new__(cls)
+        saved = checkpoints_of(folder / "checkpoints")
+        # Read before anything is built: a damaged one must not cost a model's loading time.
+        checkpoint = load_checkpoint(saved[-1]) if saved else None
+        trainer._build(config, folder)
+        if checkpoint is None:
+            trainer.worlds.start()
+        else:
+            trainer._load(checkpoint)
+        return trainer
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        report: Callable[[Progress], None] = lambda progress: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train up to the configured number of steps.
+
+        Args:
+            report: called after each update.
+            should_stop: asked after each update; the run then saves a checkpoint and returns.
+
+        Returns:
+            Whether all steps are done.
+
+        Raises:
+            EchelonError: the disk is full or can't be written; the newest checkpoint is whole.
+        """
+        with only_writer(self.folder):
+            logs = {name: JsonLines(self.folder / name, size) for name, size in self._sizes.items()}
+            self._plans = logs["plans.jsonl"]
+            try:
+                with _tensorboard(self.folder, self.step) as board:
+                    return self._loop(logs, board, report, should_stop)
+            finally:
+                self._plans = None
+                for log in logs.values():
+                    log.close()
+
+    def _loop(
+        self,
+        logs: dict[str, JsonLines],
+        board: SummaryWriter,
+        report: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> bool:
+        c = self.config
+        per_update = c.algorithm.rollout * c.num_envs
+        for trace in self._pending:
+            self._record(trace)
+        self._pending.clear()
+        saved = self.step
+        while self.step < c.steps:
+            clock = _Clock()
+            self._collect(clock)
+            learnt = self.algorithm.update(self._buffer)
+            clock.lap("update")
+            self.step += per_update
+            metrics = self._metrics(learnt)
+            logs["metrics.jsonl"].write(metrics)
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and name != "step":
+                    board.add_scalar(name, value, self.step)
+            self._seconds += clock.total()
+            rate = per_update / clock.total()
+            shares = clock.shares()
+            model = {p.name: round(t.seconds, 3) for p, _ in self.worlds.planners
+                     if (t := self.worlds.plan_time[p.name]).rounds}  # fmt: skip
+            logs["timings.jsonl"].write(
+                {"step": self.step, "seconds": round(self._seconds, 3), "steps_per_second": round(rate),
+                 "shares": shares, "planner_seconds": model}
+            )  # fmt: skip
+            report(Progress(self.step, c.steps, metrics, rate, shares))
+            stop = should_stop()
+            if self.step - saved >= c.checkpoint_every or self.step >= c.steps or stop:
+                self._save(logs)
+                saved = self.step
+            if stop:
+                break
+        return self.step >= c.steps
+
+    def _collect(self, clock: _Clock) -> None:
+        """One rollout into the buffer."""
+        worlds, buffer, env = self.worlds, self._buffer, self.worlds.env
+        buffer.finals.clear()
+        self.algorithm.begin_rollout()
+        for t in range(buffer.steps):
+            self._see(t)
+            buffer.mask[t] = worlds.mask
+            clock.lap("store")
+            buffer.actions[t], buffer.logp[t] = self.algorithm.act(worlds.obs, worlds.mask, worlds.begins)
+            clock.lap("act")
+            worlds.advance(buffer.actions[t])
+            buffer.reward[t] = worlds.reward
+            np.logical_or(env.terminated[:, None], worlds.cut, out=buffer.terminated[t])
+            if env.truncated.any():
+                cut = np.flatnonzero(env.truncated)
+                state = env.states(np.empty((len(cut), env.state_size), np.int8), cut)
+                buffer.finals.append((t, cut, worlds.obs[cut], state))
+            clock.lap("step")
+            done = worlds.settle()
+            np.logical_or(done[:, None], worlds.cut, out=buffer.ended[t])
+            clock.lap("plan")
+        self._see(buffer.steps)
+        clock.lap("store")
+
+    def _see(self, t: int) -> None:
+        self._buffer.obs[t] = self.worlds.obs
+        self.worlds.env.states(self._buffer.state[t])
+        self._buffer.begins[t] = self.worlds.begins
+
+    def _metrics(self, learnt: dict[str, float]) -> dict[str, Any]:
+        """The line of metrics since the last one; everything in it is bit-identical for a seed."""
+        e, worlds = self.worlds.take_episodes(), self.worlds
+        many = max(e.count, 1)
+        metrics: dict[str, Any] = {
+            "step": self.step,
+            "episodes": e.count,
+            "tsr": e.success / many if e.count else None,
+            "steps_to_finish": e.length_of_success / e.success if e.success else None,
+            "collisions": e.collisions / many,
+            "task_return": e.task_return / many,
+            **{name: float(value) for name, value in learnt.items()},
+        }
+        if worlds.tracker is not None:
+            counts, worlds.tracker.counts = worlds.tracker.counts, Counts()
+            metrics["intrinsic_return"] = e.intrinsic_return / many
+            metrics |= {f"subgoals_{k}": v for k, v in dataclasses.asdict(counts).items() if k != "rejected"}
+            metrics |= {f"rejected_{k}": v for k, v in counts.rejected.items()}
+            for planner, _ in worlds.planners:
+                if isinstance(planner, LLMPlanner):
+                    metrics |= {"model_questions": planner.asked, "model_spared": planner.forced}
+        return metrics
+
+    def _record(self, trace: PlanTrace) -> None:
+        # The first plans are made while the worlds are built, before the log is open.
+        if self._plans is None:
+            self._pending.append(trace)
+        else:
+            self._plans.write({"at": self.step, **dataclasses.asdict(trace)})
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _save(self, logs: dict[str, JsonLines]) -> None:
+        self._sizes = {name: log.sync() for name, log in logs.items()}
+        progress = {
+            "step": self.step,
+            "seconds": self._seconds,
+            "sizes": self._sizes,
+            "planners": {p.name: p.state_dict() for p, _ in self.worlds.planners},
+        }
+        save_checkpoint(
+            self.folder / "checkpoints",
+            self.step,
+            Checkpoint(progress, self.worlds.state_dict(), self.algorithm.state_dict()),
+        )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        progress = checkpoint.progress
+        self.step, self._seconds, self._sizes = progress["step"], progress["seconds"], progress["sizes"]
+        if self.step > self.config.steps:
+            raise EchelonError(f"run {self.folder} has done {self.step} steps already, more than {self.config.steps}")
+        self.worlds.load_state_dict(checkpoint.worlds)
+        self.algorithm.load_state_dict(checkpoint.algorithm)
+        for planner, _ in self.worlds.planners:
+            planner.load_state_dict(progress["planners"][planner.name])
+
+
+class _Clock:
+    """Where the time of one update goes."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return self._last - self._start
+
+    def shares(self) -> dict[str, float]:
+        return {stage: round(seconds / self.total(), 4) for stage, seconds in self._laps.items()}
+
+
+def _tensorboard(folder: Path, step: int) -> SummaryWriter:
+    try:
+        # On resume, what an interrupted run wrote past its checkpoint is hidden.
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    except OSError as error:
+        raise explain_os_error(error, folder / "tensorboard") from error
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "echelon": echelon.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
