@@ -471,6 +471,8 @@ def test_hostile_text_stays_inside_its_element() -> None:
     data = page.split('id="replay-data">')[1].split("</script>")[0]
     assert not set("<>&") & set(data) and data.isascii()
     assert json.loads(data)["title"] == HOSTILE[0]
+    cut = Replay.model_validate({**tiny(), "title": "half \ud83d, whole \ud83e\udd16"}).title
+    assert cut == "half \ufffd, whole \U0001f916"
     assert page.split("<title>")[1].split("</title>")[0] == (
         "&lt;/script&gt;&lt;script&gt;window.hacked=1&lt;/script&gt;"
     )
@@ -582,9 +584,11 @@ def test_playing_moves_between_cells_unless_motion_is_unwanted(show: Open) -> No
     page = show(warehouse(episodes=1), prefers_reduced_motion="reduce")
     press(page, " ")
     drawn = set()
-    while int(state(page)["step"]) < 3:
+    for _ in range(2000):
+        if int(state(page)["step"]) >= 3:
+            break
         drawn.add(page.execute_script("return document.getElementById('world').dataset.drawn"))
-    assert all(float(at).is_integer() for at in drawn)
+    assert len(drawn) > 1 and all(float(at).is_integer() for at in drawn)
 
 
 @browser_test
@@ -788,6 +792,6 @@ def test_a_large_map_with_many_agents_stays_usable(show: Open) -> None:
     press(page, Keys.END)
     assert state(page)["step"] == "300"
     steps = page.execute_script(
-        "const t = performance.now(); for (let i = 0; i < 99; i++) { seek(i * 3); draw(); } return performance.now() - t"
+        "const t = Date.now(); for (let i = 0; i < 300; i += 3) { seek(i); draw(); } return Date.now() - t"
     )
     assert steps < 20_000  # 100 jumps; far under a second where a whole core is free

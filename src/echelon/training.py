@@ -46,7 +46,7 @@ from echelon.planners.llm import LLMPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.subgoals import FEATURES, Counts
 
-__all__ = ["Progress", "Trainer", "build_algorithm", "build_executor", "build_worlds", "load_policy", "model_of"]
+__all__ = ["Clock", "Progress", "Rollouts", "Trainer", "build_algorithm", "build_executor", "build_worlds", "load_policy", "model_of"]
 
 _models: dict[str, CausalChoiceModel] = {}
 
@@ -149,6 +149,26 @@ def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None
     return config, load_checkpoint(saved[-1]).algorithm
 
 
+def steps_done(folder: Path) -> int:
+    """The environment steps of a run's newest checkpoint, 0 without one."""
+    saved = checkpoints_of(folder / "checkpoints")
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def run_costs(folder: Path) -> dict[str, float]:
+    """What a run's training took: seconds, and the language model's calls and tokens."""
+    saved = checkpoints_of(folder / "checkpoints")
+    if not saved:
+        return {}
+    progress = load_checkpoint(saved[-1]).progress
+    model = progress.get("model", {})
+    return {
+        "training_seconds": progress["seconds"],
+        "training_model_calls": model.get("calls", 0),
+        "training_model_tokens": model.get("prompt_tokens", 0),
+    }
+
+
 def _read_run(folder: Path) -> RunConfig:
     if not (folder / "config.toml").exists():
         raise EchelonError(f"{folder} is no run: it has no config.toml")
@@ -173,6 +193,89 @@ class Progress:
     shares: dict[str, float]
 
 
+class Clock:
+    """Where the time of one update goes."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap on `stage`."""
+        now = time.perf_counter()
+        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        """Seconds up to the last lap."""
+        return self._last - self._start
+
+    def shares(self) -> dict[str, float]:
+        """The share of the time by stage."""
+        return {stage: round(seconds / self.total(), 4) for stage, seconds in self._laps.items()}
+
+
+class Rollouts:
+    """Worlds, the algorithm that learns in them, and the rollouts between the two; writes no file.
+
+    Attributes:
+        config: the run's config, its threads settled.
+        worlds, algorithm, buffer: what is trained in what, and the newest rollout.
+        steps_per_update: environment steps of a rollout.
+    """
+
+    def __init__(self, config: RunConfig, on_plan: Callable[[PlanTrace], None] | None = None) -> None:
+        """Build everything.
+
+        Raises:
+            EchelonError: a setting, map or model can't be used.
+        """
+        if not method(config.method).learns:
+            raise EchelonError(f"method {config.method} has nothing to train: use echelon evaluate or compare")
+        # Sums in parallel depend on the number of threads, so it belongs to the run.
+        self.config = dataclasses.replace(config, threads=config.threads or os.cpu_count() or 1)
+        torch.set_num_threads(self.config.threads or 1)
+        self.worlds = build_worlds(config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=on_plan)
+        self.algorithm = build_algorithm(config, self.worlds)
+        env = self.worlds.env
+        self.buffer = RolloutBuffer(
+            config.algorithm.rollout, env.num_envs, env.num_agents, len(self.worlds.obs_scale), env.state_size,
+            env.num_actions,
+        )  # fmt: skip
+        self.steps_per_update = config.algorithm.rollout * config.num_envs
+
+    def collect(self) -> Clock:
+        """One rollout into the buffer; where its time went."""
+        worlds, buffer, env, clock = self.worlds, self.buffer, self.worlds.env, Clock()
+        buffer.finals.clear()
+        self.algorithm.begin_rollout()
+        for t in range(buffer.steps):
+            self._see(t)
+            buffer.mask[t] = worlds.mask
+            clock.lap("store")
+            buffer.actions[t], buffer.logp[t] = self.algorithm.act(worlds.obs, worlds.mask, worlds.begins)
+            clock.lap("act")
+            worlds.advance(buffer.actions[t])
+            buffer.reward[t] = worlds.reward
+            np.logical_or(env.terminated[:, None], worlds.cut, out=buffer.terminated[t])
+            if env.truncated.any():
+                cut = np.flatnonzero(env.truncated)
+                state = env.states(np.empty((len(cut), env.state_size), np.int8), cut)
+                buffer.finals.append((t, cut, worlds.obs[cut], state))
+            clock.lap("step")
+            done = worlds.settle()
+            np.logical_or(done[:, None], worlds.cut, out=buffer.ended[t])
+            clock.lap("plan")
+        self._see(buffer.steps)
+        clock.lap("store")
+        return clock
+
+    def _see(self, t: int) -> None:
+        self.buffer.obs[t] = self.worlds.obs
+        self.worlds.env.states(self.buffer.state[t])
+        self.buffer.begins[t] = self.worlds.begins
+
+
 class Trainer:
     """One run: trains, logs, checkpoints, resumes.
 
@@ -180,7 +283,7 @@ class Trainer:
         config: the run's config.
         folder: where it lives.
         step: environment steps done.
-        worlds, algorithm: what is trained in what.
+        rollouts: worlds and algorithm.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
@@ -198,24 +301,13 @@ class Trainer:
         atomic_write_text(folder / "config.toml", to_toml(self.config))
 
     def _build(self, config: RunConfig, folder: Path) -> None:
-        if not method(config.method).learns:
-            raise EchelonError(f"method {config.method} has nothing to train: use echelon evaluate or compare")
-        # Sums in parallel depend on the number of threads, so it belongs to the run.
-        self.config = dataclasses.replace(config, threads=config.threads or os.cpu_count() or 1)
-        torch.set_num_threads(self.config.threads or 1)
         self.folder, self.step, self._plans = folder, 0, None
-        self.worlds = build_worlds(
-            config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=self._record
-        )
-        self.algorithm = build_algorithm(config, self.worlds)
-        env = self.worlds.env
-        self._buffer = RolloutBuffer(
-            config.algorithm.rollout, env.num_envs, env.num_agents, len(self.worlds.obs_scale), env.state_size,
-            env.num_actions,
-        )  # fmt: skip
         self._pending: list[PlanTrace] = []
         self._sizes = {"metrics.jsonl": 0, "timings.jsonl": 0, "plans.jsonl": 0}
         self._seconds = 0.0
+        self.rollouts = Rollouts(config, self._record)
+        self.config, self.worlds = self.rollouts.config, self.rollouts.worlds
+        self._model_start, self._model_base = _model_counters(self.worlds), dict[str, float]()
 
     _plans: JsonLines | None
 
@@ -283,16 +375,14 @@ class Trainer:
         report: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> bool:
-        c = self.config
-        per_update = c.algorithm.rollout * c.num_envs
+        c, per_update = self.config, self.rollouts.steps_per_update
         for trace in self._pending:
             self._record(trace)
         self._pending.clear()
         saved = self.step
         while self.step < c.steps:
-            clock = _Clock()
-            self._collect(clock)
-            learnt = self.algorithm.update(self._buffer)
+            clock = self.rollouts.collect()
+            learnt = self.rollouts.algorithm.update(self.rollouts.buffer)
             clock.lap("update")
             self.step += per_update
             metrics = self._metrics(learnt)
@@ -317,36 +407,6 @@ class Trainer:
             if stop:
                 break
         return self.step >= c.steps
-
-    def _collect(self, clock: _Clock) -> None:
-        """One rollout into the buffer."""
-        worlds, buffer, env = self.worlds, self._buffer, self.worlds.env
-        buffer.finals.clear()
-        self.algorithm.begin_rollout()
-        for t in range(buffer.steps):
-            self._see(t)
-            buffer.mask[t] = worlds.mask
-            clock.lap("store")
-            buffer.actions[t], buffer.logp[t] = self.algorithm.act(worlds.obs, worlds.mask, worlds.begins)
-            clock.lap("act")
-            worlds.advance(buffer.actions[t])
-            buffer.reward[t] = worlds.reward
-            np.logical_or(env.terminated[:, None], worlds.cut, out=buffer.terminated[t])
-            if env.truncated.any():
-                cut = np.flatnonzero(env.truncated)
-                state = env.states(np.empty((len(cut), env.state_size), np.int8), cut)
-                buffer.finals.append((t, cut, worlds.obs[cut], state))
-            clock.lap("step")
-            done = worlds.settle()
-            np.logical_or(done[:, None], worlds.cut, out=buffer.ended[t])
-            clock.lap("plan")
-        self._see(buffer.steps)
-        clock.lap("store")
-
-    def _see(self, t: int) -> None:
-        self._buffer.obs[t] = self.worlds.obs
-        self.worlds.env.states(self._buffer.state[t])
-        self._buffer.begins[t] = self.worlds.begins
 
     def _metrics(self, learnt: dict[str, float]) -> dict[str, Any]:
         """The line of metrics since the last one; everything in it is bit-identical for a seed."""
@@ -387,41 +447,36 @@ class Trainer:
             "seconds": self._seconds,
             "sizes": self._sizes,
             "planners": {p.name: p.state_dict() for p, _ in self.worlds.planners},
+            "model": self._model_spent(),
         }
         save_checkpoint(
             self.folder / "checkpoints",
             self.step,
-            Checkpoint(progress, self.worlds.state_dict(), self.algorithm.state_dict()),
+            Checkpoint(progress, self.worlds.state_dict(), self.rollouts.algorithm.state_dict()),
         )
+
+    def _model_spent(self) -> dict[str, float]:
+        """What the language model did for this run, up to now; a process may serve several runs."""
+        now = _model_counters(self.worlds)
+        return {k: self._model_base.get(k, 0) + v - self._model_start.get(k, 0) for k, v in now.items()}
 
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress
         self.step, self._seconds, self._sizes = progress["step"], progress["seconds"], progress["sizes"]
         if self.step > self.config.steps:
             raise EchelonError(f"run {self.folder} has done {self.step} steps already, more than {self.config.steps}")
+        self._model_base = progress.get("model", {})
         self.worlds.load_state_dict(checkpoint.worlds)
-        self.algorithm.load_state_dict(checkpoint.algorithm)
+        self.rollouts.algorithm.load_state_dict(checkpoint.algorithm)
         for planner, _ in self.worlds.planners:
             planner.load_state_dict(progress["planners"][planner.name])
 
 
-class _Clock:
-    """Where the time of one update goes."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
-        self._last = now
-
-    def total(self) -> float:
-        return self._last - self._start
-
-    def shares(self) -> dict[str, float]:
-        return {stage: round(seconds / self.total(), 4) for stage, seconds in self._laps.items()}
+def _model_counters(worlds: TeamWorlds) -> dict[str, float]:
+    for planner, _ in worlds.planners:
+        if isinstance(planner, LLMPlanner) and isinstance(planner.model, CausalChoiceModel):
+            return dict(planner.model.state_dict())
+    return {}
 
 
 def _tensorboard(folder: Path, step: int) -> SummaryWriter:

@@ -18,12 +18,13 @@ __all__ = [
     "UNSEEN",
     "WALL",
     "clip8",
+    "contains",
     "distance_field",
     "draw_layout",
     "draw_map",
     "first_step",
-    "keep_three",
     "keep_largest_component",
+    "keep_three",
     "observe_agents",
     "observe_tasks",
     "open_subgoals",
@@ -444,6 +445,15 @@ def draw_map(grid, args, label, queue, free, key, counter):  # type: ignore[no-u
             free[n] = cell
             n += 1
     return counter, n
+
+
+@numba.njit(inline="always", cache=True)
+def contains(cells, cell):  # type: ignore[no-untyped-def]
+    """Whether `cell` is one of `cells`."""
+    for i in range(cells.shape[0]):  # noqa: SIM110 (no generators in numba)
+        if cells[i] == cell:
+            return True
+    return False
 
 
 @numba.njit(inline="always", cache=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echelon.envs.base import Candidates, GridConfig, GridEnv, Scene, Subgoal, SubgoalKind, TaskView, _check
-from echelon.envs.kernels import AGENT, POINT, draw_map, resolve_moves, take_marked_cell, write_way
+from echelon.envs.kernels import AGENT, POINT, draw_map, keep_three, resolve_moves, take_marked_cell, write_way
 from echelon.rng import below
 
 __all__ = ["Repair", "RepairConfig"]
@@ -81,6 +81,7 @@ class Repair(GridEnv[RepairConfig]):
     def _build(self) -> None:
         self.task_need = np.full((self.num_envs, self.num_tasks), -1, np.int16)
         self.task_lock = np.full((self.num_envs, self.num_tasks), -1, np.int16)
+        self._lists = np.zeros((4, self.num_tasks), np.int32)  # scratch
         self._layout = self._layout_args()
         self._marks = (self._marked("A"), self._marked("P"), self._marked("Z"))
 
@@ -108,7 +109,7 @@ class Repair(GridEnv[RepairConfig]):
         super()._observe(which)
         start = self.obs_size - len(self.extra_scale)
         _observe_tools(
-            which, self._arrays(), self.obs_buffer[:, :, start : self.obs_size], self._geometry(), self._scratch
+            which, self._arrays(), self.obs_buffer[:, :, start : self.obs_size], self._geometry(), tuple(self._lists)
         )
 
     def subgoals_open(
@@ -279,19 +280,29 @@ def _reset(which, arrays, layout, marks, locked, keys, counters, scratch):  # ty
 def _observe_tools(which, arrays, out, geometry, scratch):  # type: ignore[no-untyped-def]
     _grid, pos, carrying, _last, _steps, status, task_cell, _goal, need, _lock, machines = arrays
     _offsets, row_of, col_of, _view, _stride, _limit = geometry
-    rows, cols = scratch[0], scratch[1]
+    # The open machines come first in `listed` and `needs`, then the racks that they need.
+    size = status.shape[1]
+    rows, cols, listed, needs = scratch
     none = np.int32(1 << 30)
     for w in range(which.shape[0]):
         if not which[w]:
             continue
-        done, shut, wanted = 0, 0, 0
-        for t in range(status.shape[1]):
+        done, shut, wanted, num, num_racks = 0, 0, 0, 0, 0
+        for t in range(size):
             rows[t] = row_of[task_cell[w, t]]
             cols[t] = col_of[task_cell[w, t]]
             done += status[w, t] == REPAIRED
             shut += status[w, t] == LOCKED
             if status[w, t] == BROKEN:
                 wanted |= 1 << (need[w, t] - machines)
+                listed[num] = t
+                needs[num] = need[w, t]
+                num += 1
+        for t in range(machines, size):
+            if (wanted >> (t - machines)) & 1:
+                listed[num + num_racks] = t
+                num_racks += 1
+        share_done, share_shut = 127 * done // machines, 127 * shut // machines
         for a in range(pos.shape[1]):
             row, col = np.int32(row_of[pos[w, a]]), np.int32(col_of[pos[w, a]])
             held = carrying[w, a]
@@ -301,40 +312,37 @@ def _observe_tools(which, arrays, out, geometry, scratch):  # type: ignore[no-un
                 own[1 + bit] = 2 * (((held - machines) >> bit) & 1) - 1 if held >= 0 else 0
             # As in `observe_tasks`: distance and index in one number.
             first, second, third, ready, rack = none, none, none, none, none
-            for t in range(status.shape[1]):
-                i = np.uintp(t)
-                d = (np.int32(abs(rows[i] - row) + abs(cols[i] - col)) << np.int32(8)) | np.int32(t)
-                if t >= machines:
-                    if t != held and (wanted >> (t - machines)) & 1 and d < rack:
-                        rack = d
-                elif status[w, t] == BROKEN:
-                    if need[w, t] == held and d < ready:
-                        ready = d
-                    if d < third:
-                        if d >= second:
-                            third = d
-                        elif d >= first:
-                            third, second = second, d
-                        else:
-                            third, second, first = second, first, d
+            for j in range(num):
+                i = np.uintp(j)
+                m = np.uintp(listed[i])
+                d = (np.int32(abs(rows[m] - row) + abs(cols[m] - col)) << np.int32(8)) | np.int32(m)
+                first, second, third = keep_three(first, second, third, d)
+                ready = min(ready, d if needs[i] == held else none)
+            for j in range(num, num + num_racks):
+                i = np.uintp(j)
+                m = np.uintp(listed[i])
+                d = (np.int32(abs(rows[m] - row) + abs(cols[m] - col)) << np.int32(8)) | np.int32(m)
+                rack = min(rack, d if np.int64(m) != held else none)
             k = 4
             for code in (first, second, third):
                 near = own[k : k + 6]
-                near[:] = 0
                 if code < none:
                     tool = np.uintp(need[w, np.uintp(code & 255)])
                     near[0] = held == np.int64(tool)
                     write_way(near[1:], rows[tool] - row, cols[tool] - col)
+                else:
+                    near[:] = 0
                 k += 6
             for code in (ready, rack):
                 way = own[k : k + 5]
-                way[:] = 0
                 if code < none:
                     near_task = np.uintp(code & 255)
                     write_way(way, rows[near_task] - row, cols[near_task] - col)
+                else:
+                    way[:] = 0
                 k += 5
-            own[k] = 127 * done // machines
-            own[k + 1] = 127 * shut // machines
+            own[k] = share_done
+            own[k + 1] = share_shut
 
 
 @numba.njit(cache=True)

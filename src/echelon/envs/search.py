@@ -108,6 +108,7 @@ class Search(GridEnv[SearchConfig]):
         self.num_free = np.zeros(W, np.int32)
         self._next = np.zeros((W, T), np.int32)  # where in `_order` each region's task_cell stands
         self._looked = np.zeros((W, A), np.int32)  # the cell from which each agent last looked
+        self._lists = np.zeros((4, max(T, 9)), np.int32)  # scratch
         self._layout = self._layout_args()
         self._marks = (self._marked("A"), self._marked("P"))
         self._sight = self._rays()
@@ -171,7 +172,7 @@ class Search(GridEnv[SearchConfig]):
         start = self.obs_size - _OTHER_FEATURES - (2 * self.view + 1) ** 2
         _observe_unseen(
             which, self.grid, self.pos, self.task_cell, self.unseen_left, self.num_free, self.target_found,
-            self.obs_buffer[:, :, start : self.obs_size], self._geometry(), self._scratch[0],
+            self.obs_buffer[:, :, start : self.obs_size], self._geometry(), tuple(self._lists),
         )  # fmt: skip
 
     def candidate_arrays(self, rows: NDArray[np.int64]) -> Candidates:
@@ -415,18 +416,27 @@ def _unseen_window(out, grid, corner, width, stride):  # type: ignore[no-untyped
 
 @numba.njit(cache=True)
 def _observe_unseen(  # type: ignore[no-untyped-def]
-    which, grid, pos, task_cell, left, num_free, found, out, geometry, sums
+    which, grid, pos, task_cell, left, num_free, found, out, geometry, scratch
 ):
+    rows, cols, open_left, sums = scratch
     _offsets, row_of, col_of, view, stride, _limit = geometry
     plane = (2 * view + 1) ** 2
     for w in range(which.shape[0]):
         if not which[w]:
             continue
-        unseen, done = 0, 0
+        unseen, done, num = 0, 0, 0
         for t in range(left.shape[1]):
-            unseen += left[w, t]
+            if left[w, t]:
+                unseen += left[w, t]
+                rows[num] = row_of[task_cell[w, t]]
+                cols[num] = col_of[task_cell[w, t]]
+                open_left[num] = left[w, t]
+                num += 1
         for n in range(found.shape[1]):
             done += found[w, n]
+        # In 2**20ths, rounded up: a division for each world, not for each share.
+        share = (127 << 20) // max(unseen, 1) + 1
+        share_unseen, share_found = 127 * unseen // num_free[w], 127 * done // found.shape[1]
         for a in range(pos.shape[1]):
             cell = pos[w, a]
             corner = cell - view * stride - view
@@ -434,21 +444,22 @@ def _observe_unseen(  # type: ignore[no-untyped-def]
                 _unseen_window(out[w, a], grid[w], corner, 5, stride)
             else:
                 _unseen_window(out[w, a], grid[w], corner, 2 * view + 1, stride)
-            sums[:9] = 0
-            for t in range(left.shape[1]):
-                if left[w, t]:
-                    rows = np.int64(row_of[task_cell[w, t]]) - row_of[cell]
-                    cols = np.int64(col_of[task_cell[w, t]]) - col_of[cell]
-                    # An eighth of the circle each, about: 2/5 is nearly the tangent of 22.5 degrees.
-                    north = 0 if 5 * abs(rows) < 2 * abs(cols) else sign8(rows)
-                    east = 0 if 5 * abs(cols) < 2 * abs(rows) else sign8(cols)
-                    sums[3 * north + east + 4] += left[w, t]
+            row, col = np.int32(row_of[cell]), np.int32(col_of[cell])
+            for d in range(9):
+                sums[d] = 0
+            for j in range(num):
+                i = np.uintp(j)
+                down, right = rows[i] - row, cols[i] - col
+                # An eighth of the circle each, about: 2/5 is nearly the tangent of 22.5 degrees.
+                north = (5 * abs(down) >= 2 * abs(right)) * sign8(down)
+                east = (5 * abs(right) >= 2 * abs(down)) * sign8(right)
+                sums[np.uintp(3 * north + east + 4)] += open_left[i]
             shares = out[w, a, plane:]
             for d in range(9):
                 if d != 4:
-                    shares[d - (d > 4)] = 127 * sums[d] // max(unseen, 1)
-            shares[8] = 127 * unseen // num_free[w]
-            shares[9] = 127 * done // found.shape[1]
+                    shares[d - (d > 4)] = (np.int64(sums[d]) * share) >> 20
+            shares[8] = share_unseen
+            shares[9] = share_found
 
 
 @numba.njit(cache=True)

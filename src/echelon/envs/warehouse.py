@@ -27,6 +27,7 @@ from echelon.envs.base import (
 from echelon.envs.kernels import (
     AGENT,
     POINT,
+    contains,
     draw_map,
     resolve_moves,
     take_marked_cell,
@@ -221,6 +222,8 @@ def _reset(which, arrays, geometry, layout, marks, zone_cell, keys, counters, sc
             grid[w, cell] |= (z + 1) << _ZONE_SHIFT
             # The zone spreads over the free cells beside its first one.
             for extra in (cell + 1, cell + stride, cell + stride + 1):
+                if contains(starts, extra) or contains(places, extra):
+                    continue  # what the map file marks for others stays theirs
                 for i in range(n):
                     if free[i] == extra:
                         n -= 1

@@ -147,11 +147,13 @@ def _play(
         ended = running & (env.terminated | env.truncated)
         success[ended], steps[ended] = env.terminated[ended], env.steps[ended]
         if recorder is not None:
-            recorder.frame(worlds, running)
+            recorder.frame(worlds, ended)
         running &= ~ended
         # A world whose episode is over goes on, but nobody plans for it any more.
         worlds.active = running
         worlds.settle()
+        if recorder is not None:
+            recorder.frame(worlds, running)
         report(n - int(running.sum()), n)
         if should_stop():
             return None

