@@ -35,7 +35,7 @@ def test_a_benchmark_map_is_read_cell_by_cell(movingai):
     rows = movingai.read_text().splitlines()[4:]
     found = read_map(movingai)
     assert (found.height, found.width) == (32, 32)
-    assert [[c == "@" for c in row] for row in rows] == found.walls.tolist()
+    assert [[c in "@T" for c in row] for row in rows] == found.walls.tolist()
     assert found.marks == {}
 
 
@@ -95,7 +95,7 @@ def test_a_map_without_room(tmp_path):
 
 def test_marks_choose_the_region_that_is_played_in(tmp_path):
     path = tmp_path / "two.map"
-    path.write_text(map_text([".........", ".........", "@@@@@@@@@", ".A....P.Z"]))
+    path.write_text(map_text(["...........", "...........", "@@@@@@@@@@@", ".A....P.Z.."]))
     env = make("warehouse", map=path, num_agents=1, num_packages=1, num_zones=1, view=1, num_envs=4)
     assert (env.pos == env.cell_index(3, 1)).all()
     assert (env.task_cell == env.cell_index(3, 6)).all()

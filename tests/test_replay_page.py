@@ -683,6 +683,23 @@ def test_what_nobody_has_seen_is_dimmed(show: Open) -> None:
 
 
 @browser_test
+def test_a_rack_keeps_its_tool_and_what_has_no_place_is_not_drawn(show: Open) -> None:
+    document = tiny()
+    episode = document["episodes"][0]
+    lost = {"id": 1, "kind": "target", "label": "", "cell": None, "goal": None}
+    tool = {"id": 0, "kind": "tool", "label": "", "cell": [1, 3], "goal": None}
+    places = ([[1, 1], [3, 3]], [[2, 1], [3, 3]], [[3, 1], [3, 3]])
+    frames = [{"agents": at, "carrying": [0, -1], "status": ["rack", "hidden"]} for at in places]
+    choice = {"agent": 0, "options": [], "chosen": None, "verdict": "unreachable", "reason": "no path leads there"}
+    plan = {**episode["plans"][0], "choices": [choice]}
+    document["episodes"] = [{**episode, "tasks": [tool, lost], "frames": frames, "steps": 2, "plans": [plan]}]
+    page = show(document, "#step=2")
+    assert pixel(page, 1.62, 3.38) not in ("#ffffff", WALL)  # the tool, still in its rack
+    assert text_of(page, "total") == " / 1"
+    assert "no subgoal" in text_of(page, "plans") and "✕ unreachable" in text_of(page, "plans")
+
+
+@browser_test
 def test_hostile_text_does_nothing(show: Open, browser: Any) -> None:
     page = show(hostile())
     for _ in range(4):

@@ -184,19 +184,20 @@ def _batches(build: Build, config: GridConfig) -> Iterator[str]:
 
 def _replay(build: Build, config: GridConfig) -> Iterator[str]:
     env = build(config=config)
-    moves = _random_moves(env, _STEPS, 3)
-    for t in range(13):
-        env.step(moves[t])
+    walker = _Walker(env)
+    for _ in range(13):
+        env.step(walker.moves())
     saved = env.state_dict()
     other = build(config=config, seed=99)
-    for t in range(7):
-        other.step(moves[t])
+    for moves in _random_moves(env, 7, 3):
+        other.step(moves)
     other.load_state_dict(saved)
     if any((array != saved[name]).any() for name, array in other.state_dict().items()):
         yield "load_state_dict doesn't put back what state_dict gave"
     for t in range(13, _STEPS):
-        env.step(moves[t])
-        other.step(moves[t])
+        moves = walker.moves()
+        env.step(moves)
+        other.step(moves)
         for name in _same(env, other, 3):
             yield f"a restored environment goes on differently: {name} (step {t})"
     if any(np.shares_memory(array, getattr(env, name)) for name, array in saved.items()):

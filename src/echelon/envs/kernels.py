@@ -56,7 +56,7 @@ def clip8(x: int) -> int:
 @numba.njit(inline="always", cache=True)
 def sign8(x: int) -> int:
     """-1, 0 or 1."""
-    return (x > 0) - (x < 0)
+    return int(x > 0) - int(x < 0)
 
 
 @numba.njit(cache=True)

@@ -122,7 +122,7 @@ class Recorder:
             "zones": [{"id": z.id, "label": z.label, "cells": [list(c) for c in z.cells]} for z in scene.zones],
             "tasks": [
                 {
-                    "id": t.id, "kind": t.kind, "label": t.label, "cell": list(t.cell or (0, 0)),
+                    "id": t.id, "kind": t.kind, "label": t.label, "cell": None if t.cell is None else list(t.cell),
                     "goal": None if t.goal is None else list(t.goal),
                 }
                 for t in scene.tasks

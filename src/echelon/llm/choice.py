@@ -80,7 +80,10 @@ class CausalChoiceModel:
     a function of that prompt, bit for bit: they do not depend on the other prompts of the call, their order,
     the calls before, or the state of the caches. So a run that resumes with empty caches gets the same
     numbers. This holds by construction, see `_scoring.PrefixScorer`; it is given up with `batching="free"`.
-    Another dtype, processor or version of torch gives other last bits: record `dtype` with a run.
+    Another dtype, processor, version of torch or setting of `share_prefix` gives other last bits: record them
+    with a run. Measured with SmolLM2 on one AVX-512-BF16 processor, largest difference of a log-probability:
+    batched against alone 0, 1 against 2 or 3 threads 0; shared prefix against one whole pass 0.18 (bfloat16),
+    1.3e-5 (float32); bfloat16 against float32 0.15.
 
     `score` is safe to call from several threads; it uses no gradient and leaves torch's random numbers and
     thread count as they were.

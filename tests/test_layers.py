@@ -1,0 +1,105 @@
+"""Who may import whom: the layers of the design, held against the code's own import statements."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import echelon
+
+ROOT = Path(echelon.__file__).parent
+
+# From the top of the house to its ground. A module imports only from layers above it; inside one layer, a
+# package's files may use their package's `base`-like shared parts, named in SHARED.
+LAYERS = [
+    {"errors", "rng", "_files"},
+    {"envs"},
+    {"subgoals"},
+    {"llm"},
+    {"planners"},
+    {"advantages", "networks", "buffers"},
+    {"algorithms"},
+    {"methods", "configs", "rollout", "executors", "checkpoints", "training"},
+    {"evaluation", "reports"},
+    {"cli", "console"},
+]
+SHARED = {
+    "envs": {"base", "kernels", "maps"},
+    "planners": {"base"},
+    "algorithms": set(),
+}
+ALLOWED_INSIDE_A_LAYER = {"methods", "configs", "rollout", "executors", "checkpoints", "training", "errors", "rng"}
+FORBIDDEN = {
+    "envs": {"torch", "transformers"},
+    "subgoals": {"torch"},
+    "advantages": {"torch"},
+    "algorithms": {"rich", "tyro"},
+    "training": {"rich", "tyro"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def top(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def layer_of(name: str) -> int:
+    found = [i for i, layer in enumerate(LAYERS) if name in layer]
+    assert found, f"{name} belongs to no layer: name it in LAYERS"
+    return found[0]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative imports hide the layers"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_from_layers_above_it(path: Path) -> None:
+    own = top(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "echelon":
+            assert parts[0] not in FORBIDDEN.get(own, set()), f"{own} must never know {parts[0]}"
+            continue
+        if len(parts) == 1:
+            continue
+        other = parts[1]
+        if other == own:
+            continue
+        if layer_of(other) == layer_of(own):
+            inside = {other, own} <= ALLOWED_INSIDE_A_LAYER or {other, own} == {"cli", "console"}
+            assert inside or own == other or layer_of(own) == 0, f"{path} imports sideways: {name}"
+        assert layer_of(other) <= layer_of(own), f"{path} imports from below: {name}"
+
+
+@pytest.mark.parametrize("package", sorted(SHARED))
+def test_the_leaves_of_a_layer_do_not_know_each_other(package: str) -> None:
+    for path in (ROOT / package).glob("*.py"):
+        if path.stem in {"__init__", "checks", "adapters"}:
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["echelon", package] and len(parts) > 2:
+                assert parts[2] in SHARED[package], f"{path} knows its sibling {name}"
+
+
+def test_the_package_imports_lightly() -> None:
+    """`import echelon` must not load torch: the command line answers --version at once."""
+    import subprocess
+    import sys
+
+    code = "import sys, echelon; print(sorted({'torch', 'transformers', 'numba'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
