@@ -27,7 +27,9 @@ def move(height, width, walls, agents, actions, first=0):
     grid[pos] |= AGENT
     offsets = np.array([0, -stride, 1, stride, -1], np.int32)
     target = np.zeros(len(agents), np.int32)
-    count = kernels.resolve_moves(grid, pos, np.array(actions, np.int8), offsets, first, target)
+    count = kernels.resolve_moves(
+        grid, pos, np.array(actions, np.int8), offsets, first, target, np.zeros(len(pos), np.uint8)
+    )
     assert sorted(np.flatnonzero(grid & AGENT)) == sorted(pos), "the AGENT bits are where the agents are"
     assert not (grid & 128).any()
     return [(int(p) // stride - 1, int(p) % stride - 1) for p in pos], count

@@ -29,7 +29,7 @@ class Plain:
         self.height, self.width = self.walls.shape
         self.pos = [env.row_col(p) for p in env.pos[w]]
         self.carrying = [-1] * env.num_agents
-        self.last = [0] * env.num_agents
+        self.last, self.bumped = [0] * env.num_agents, set()
         self.step_count = 0
         self.cells = [env.row_col(c) for c in env.task_cell[w]]
         self.goals = [env.row_col(c) for c in env.task_goal[w]]
@@ -46,7 +46,7 @@ class Plain:
             goal = (r + STEP[action][0], c + STEP[action][1])
             want.append(goal if self.free(goal) else (r, c))
         order = [(first + i) % n for i in range(n)]
-        self.collisions, again = 0, True
+        self.collisions, self.bumped, again = 0, set(), True
         while again:
             again = False
             for place, a in enumerate(order):
@@ -62,6 +62,7 @@ class Plain:
                 ):
                     want[a], again = self.pos[a], True
                     self.collisions += 1
+                    self.bumped.add(a)
         self.pos, self.last = want, list(actions)
         self.step_count += 1
         self.done_by = [-1] * len(self.status)
@@ -98,6 +99,7 @@ class Plain:
         out.append(127 * (limit - self.step_count) // limit)
         out += [int(self.last[a] == i) for i in range(len(ACTIONS))]
         out += [1 if a >> i & 1 else -1 for i in range(6)]
+        out.append(int(a in self.bumped))
         out += self.way(a, self.load_goal(a))
         open_tasks = self.near(a, [t for t in range(len(self.status)) if self.status[t] == 0])
         for i in range(3):

@@ -36,9 +36,9 @@ def gae(
     """
     shape = rewards.shape
     flat = [np.ascontiguousarray(x).reshape(shape[0], -1) for x in (rewards, values, next_values, terminated, ended)]
-    advantages = np.empty(flat[0].shape, np.float32)
-    _gae(*flat, np.float32(gamma), np.float32(lam), advantages)
-    advantages = advantages.reshape(shape)
+    out = np.empty(flat[0].shape, np.float32)
+    _gae(*flat, np.float32(gamma), np.float32(lam), out)
+    advantages = out.reshape(shape)
     return advantages, advantages + values
 
 

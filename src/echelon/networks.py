@@ -8,6 +8,7 @@ hold every gradient against autograd.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -73,7 +74,7 @@ class MLP:
             generator: where the initial weights come from.
         """
         self.dtype = dtype
-        shapes = [(n, m) for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+        shapes = [(n, m) for m, n in itertools.pairwise(sizes)]
         self.flat = torch.nn.Parameter(torch.zeros(sum(n * m + n for n, m in shapes)), requires_grad=False)
         self.flat.grad = torch.zeros_like(self.flat)
         self._scale = torch.from_numpy(scale)
@@ -172,7 +173,7 @@ class RecurrentMLP(torch.nn.Module):
         super().__init__()
         inputs, self.hidden, outputs = sizes[0], sizes[1], sizes[-1]
         self.dtype = dtype
-        self.register_buffer("scale", torch.from_numpy(scale), persistent=False)
+        self._scale = torch.from_numpy(scale)
         self.first = torch.nn.Linear(inputs, self.hidden)
         self.gru = torch.nn.GRUCell(self.hidden, self.hidden)
         self.last = torch.nn.Linear(self.hidden, outputs)
@@ -195,7 +196,7 @@ class RecurrentMLP(torch.nn.Module):
             float32 `(T, B, outputs)` and the last state, float32 `(B, hidden)`.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features = torch.relu(self.first(x.float() * self.scale))
+            features = torch.relu(self.first(x.float() * self._scale))
             states = []
             for t in range(x.shape[0]):
                 hidden = self.gru(features[t], hidden * (~begins[t]).unsqueeze(-1)).float()
@@ -283,7 +284,7 @@ def ppo_policy_gradient(logits, mask, actions, old_logp, advantages, clip, entro
         policy loss, mean entropy, mean approximate KL (Schulman's k3), share of clipped rows; float64.
     """
     rows, num = logits.shape
-    p = np.empty(num, np.float32)
+    p: NDArray[np.float32] = np.empty(num, np.float32)
     loss, entropy_sum, kl_sum, clipped = 0.0, 0.0, 0.0, 0
     inv = np.float32(1.0 / rows)
     for i in range(rows):
@@ -296,7 +297,7 @@ def ppo_policy_gradient(logits, mask, actions, old_logp, advantages, clip, entro
             p[k] = np.exp(logits[i, k] - top) if mask[i, k] else np.float32(0)
             total += p[k]
         log_total = np.log(total)
-        entropy = np.float32(0)
+        entropy = np.float32(0.0)
         for k in range(num):
             p[k] /= total
             if p[k] > 0:

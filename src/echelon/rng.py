@@ -33,10 +33,7 @@ def spawn_keys(seed: int, stream: Sequence[int], count: int) -> NDArray[np.uint6
         uint64 `(count,)`.
     """
     return np.array(
-        [
-            np.random.SeedSequence(seed, spawn_key=(*stream, i)).generate_state(1, np.uint64)[0]
-            for i in range(count)
-        ],
+        [np.random.SeedSequence(seed, spawn_key=(*stream, i)).generate_state(1, np.uint64)[0] for i in range(count)],
         np.uint64,
     )
 
@@ -51,7 +48,7 @@ def mix(key: np.uint64, counter: np.uint64) -> np.uint64:
 
 
 @numba.njit(inline="always", cache=True)
-def below(key: np.uint64, counter: np.uint64, n: int) -> int:
+def below(key: np.uint64, counter: np.uint64, n: int) -> np.int64:
     """An integer in [0, n), n < 2**32 (multiply-shift; its bias is below n / 2**32)."""
     return np.int64(((mix(key, counter) >> _S32) * np.uint64(n)) >> _S32)
 

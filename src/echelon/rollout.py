@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.envs.base import GridEnv, SubgoalKind
+from echelon.envs.base import GridEnv, SubgoalKind, subgoal_text
 from echelon.planners.base import Planner
 from echelon.planners.nearest import nearest_choice
 from echelon.subgoals import Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
@@ -25,9 +25,11 @@ class PlanTrace:
     Attributes:
         world, step: where and when (the step of the world's episode).
         planner: the planner's name.
-        agents: one entry an agent that wanted a subgoal: `agent`, `subgoal` (words), `target`, `verdict`
-            ("accepted", a rejection's name, …), `reason`, `tries` (rejected proposals before), and, where
-            the planner told them, `options` with `text` and `probability`, and `chosen`.
+        agents: one entry an agent that wanted a subgoal: what it got, as `agent`, `kind`, `target` (row, column),
+            `task` (or None) and `subgoal` (words); `verdict` on the planner's last proposal ("accepted", or
+            "fallback" with the rejection's name as `refused`) and its `reason` (or None); `tries`, how many of its
+            proposals were rejected; and, where the planner told them, `options` with `text` and `probability`,
+            and `chosen`.
         note: what else the planner told (prompt, reply, tokens), JSON-able.
         latency_ms: time that the planner took for the whole round, shared by its worlds.
     """
@@ -86,6 +88,7 @@ class TeamWorlds:
         *,
         gamma: float,
         seed: int,
+        collision_cost: float = 0.0,
         on_plan: Callable[[PlanTrace], None] | None = None,
         trace_all: bool = False,
     ) -> None:
@@ -97,17 +100,19 @@ class TeamWorlds:
             config: triggers and rewards.
             gamma: the executor's discount.
             seed: root seed of what planners draw.
+            collision_cost: taken from an executor's reward for a move that another agent prevented; in a flat
+                team, whose reward is the team's, shared by all.
             on_plan: called with each planning round of planners that cost model time (or all: `trace_all`).
             trace_all: trace the plans of cheap planners too.
         """
         self.env, self.config, self.planners = env, config, list(planners)
-        self.on_plan, self.trace_all = on_plan, trace_all
+        self.on_plan, self.trace_all, self.collision_cost = on_plan, trace_all, collision_cost
         W, A = env.num_envs, env.num_agents
         self.tracker = SubgoalTracker(env, config, gamma, seed) if planners else None
         self.obs, self.mask = env.obs_buffer, env.action_mask
         scale = env.obs_scale
         self.obs_scale = np.concatenate([scale, SubgoalTracker.scale]) if planners else scale
-        self.team_reward = not planners or config.intrinsic_weight == 0
+        self.team_reward = not planners
         self.reward = np.zeros((W, A), np.float32)
         self.cut = np.zeros((W, A), bool)
         self.begins = np.ones(W, bool)
@@ -130,13 +135,14 @@ class TeamWorlds:
         env, tracker = self.env, self.tracker
         if tracker is None:
             env.advance(actions)
-            self.reward[:] = env.reward[:, None]
+            self.reward[:] = (env.reward - self.collision_cost * env.bumped.mean(1, dtype=np.float32))[:, None]
         else:
             tracker.before()
             env.advance(actions)
             tracker.advance()
             c = self.config
             np.multiply(tracker.reward, c.intrinsic_weight, out=self.reward)
+            self.reward -= self.collision_cost * env.bumped
             if c.task_weight:
                 self.reward += c.task_weight * env.reward[:, None]
             # Reaching a subgoal ends an executor's own task; with task reward mixed in, its worth goes on.
@@ -281,7 +287,10 @@ class TeamWorlds:
                 entry["refused"], entry["verdict"] = entry["verdict"], "fallback"
             kind, task = SubgoalKind(int(settled.kind[i, a])), int(settled.task[i, a])
             target = env.row_col(int(settled.cell[i, a]))
-            entry.update(kind=kind.name.lower(), target=list(target), task=task if task >= 0 else None)
+            entry.update(
+                kind=kind.name.lower(), target=list(target), task=task if task >= 0 else None,
+                subgoal=subgoal_text(kind, target, task),
+            )  # fmt: skip
             agents.append(entry)
         for plan, _, _ in rounds:
             if plan.notes is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numba
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from echelon.envs.base import Candidates, GridEnv, Scene, Subgoal, SubgoalKind, subgoal_text
 from echelon.envs.kernels import UNREACHABLE, WALL, clip8, distance_field, first_step, write_way
-from echelon.errors import EchelonError
+from echelon.errors import EchelonError, unknown_name
 from echelon.rng import mix, spawn_keys
 
 __all__ = [
@@ -114,13 +114,16 @@ class SubgoalConfig:
     def __post_init__(self) -> None:
         for name, good, need in (
             ("every", self.every >= 0, "at least 0"),
-            ("slack", self.slack >= 1, "at least 1"),
+            ("slack", 1 <= self.slack <= 10_000, "1 to 10000"),
             ("wait", self.wait >= 1, "at least 1"),
             ("retries", self.retries >= 0, "at least 0"),
             ("beta", self.beta >= 0, "at least 0"),
         ):
             if not good:
                 raise EchelonError(f"subgoals.{name} is {getattr(self, name)}: it must be {need}")
+        for name, hint in get_type_hints(SubgoalConfig).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise unknown_name(f"subgoals.{name}", str(getattr(self, name)), get_args(hint))
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class PlanRequest:
         refused: bool `(n, A, C)`, candidates that were proposed in this round and rejected.
         grid: uint8 `(W, cells)`, the worlds' cells, to be indexed by `rows`.
         scene: the structured view of a world, built when asked for.
-        text: a candidate in words: (row, agent, candidate) -> str.
+        text: a candidate in words: (row, agent, candidate, *, brief=False) -> str.
         row_col: a flat cell as (row, col).
     """
 
@@ -155,7 +158,7 @@ class PlanRequest:
     refused: NDArray[np.bool_]
     grid: NDArray[np.uint8]
     scene: Callable[[int], Scene]
-    text: Callable[[int, int, int], str]
+    text: Callable[..., str]
     row_col: Callable[[int], tuple[int, int]]
 
     def where(self, i: int, a: int) -> tuple[int, int]:
@@ -241,8 +244,13 @@ class SubgoalTracker:
             config: triggers and rewards.
             gamma: the executor's discount, used by the potential-based reward.
             seed: root seed of what planners draw.
+
+        Raises:
+            EchelonError: the environment has no room for the features.
         """
         W, A = env.num_envs, env.num_agents
+        if env.obs_buffer.shape[2] != env.obs_size + FEATURES:
+            raise EchelonError("the environment must be built with extra_features=subgoals.FEATURES")
         self.env, self.config, self.gamma = env, config, gamma
         self.kind = np.full((W, A), -1, np.int8)
         self.cell = np.zeros((W, A), np.int32)
@@ -268,6 +276,7 @@ class SubgoalTracker:
         """Judge the subgoals after `env.advance` (before `env.autoreset`): outcomes, rewards, features, needs."""
         env, c = self.env, self.config
         env.subgoals_open(self.kind, self.task, self._open)
+        last = self.outcome.copy()
         mode = {"distance": 0, "potential": 1, "reached": 2}[c.intrinsic]
         _judge(
             self.kind, self.cell, self.task, self.age, self.deadline, self.field, self.outcome, self.reward,
@@ -278,8 +287,9 @@ class SubgoalTracker:
             self.need |= (env.new_info & ~(env.terminated | env.truncated))[:, None]
         if c.scope == "team":
             self.need |= self.need.any(1, keepdims=True)
-        # A wait that is over has not failed at anything.
-        counted = np.bincount(self.outcome[self.kind > 0], minlength=4)
+        # A wait that is over has not failed at anything; what a switched-off trigger leaves in flight counts once.
+        news = (self.kind > 0) & ((self.outcome != last) | (self.age == 1))
+        counted = np.bincount(self.outcome[news], minlength=4)
         self.counts.reached += int(counted[Outcome.REACHED])
         self.counts.failed += int(counted[Outcome.FAILED])
         self.counts.timed_out += int(counted[Outcome.TIMED_OUT])
@@ -314,22 +324,22 @@ class SubgoalTracker:
         candidates = self.candidates(rows, keys)
         lengths = self._lengths(rows, need, candidates) if distance else None
         taken = np.zeros((len(rows), env.num_tasks), bool)
-        i, a = np.nonzero(~need & (self.task[rows] >= 0))
+        # Who still goes for what is done already (`on_failed` off) keeps nobody from it: a carrier must deliver.
+        env.subgoals_open(self.kind, self.task, self._open)
+        i, a = np.nonzero(~need & (self.task[rows] >= 0) & self._open[rows])
         busy = _EXCLUSIVE[self.kind[rows[i], a]]
         taken[i[busy], self.task[rows[i], a][busy]] = True
         return PlanRequest(
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
             np.zeros(candidates.kind.shape, bool), env.grid, env.scene,
-            lambda i, a, c: self.text(candidates, i, a, c), env.row_col,
+            lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief), env.row_col,
         )  # fmt: skip
 
     def distances(self, request: PlanRequest, which: NDArray[np.bool_]) -> NDArray[np.uint16]:
         """Path lengths from the agents `which` (bool `(n, A)`) to their candidates, uint16 `(n, A, C)`."""
         return self._lengths(request.rows, which, request.candidates)
 
-    def _lengths(
-        self, rows: NDArray[np.int64], which: NDArray[np.bool_], candidates: Candidates
-    ) -> NDArray[np.uint16]:
+    def _lengths(self, rows: NDArray[np.int64], which: NDArray[np.bool_], candidates: Candidates) -> NDArray[np.uint16]:
         env = self.env
         lengths = np.full(candidates.kind.shape, UNREACHABLE, np.uint16)
         scratch = np.empty(env.num_cells, np.uint16)
@@ -357,10 +367,10 @@ class SubgoalTracker:
             )
         return Candidates(kind, cell, np.full(shape, -1, np.int16))
 
-    def text(self, candidates: Candidates, i: int, a: int, c: int) -> str:
+    def text(self, candidates: Candidates, i: int, a: int, c: int, *, brief: bool = False) -> str:
         """A candidate in words."""
         kind, cell, task = (int(x[i, a, c]) for x in (candidates.kind, candidates.cell, candidates.task))
-        return subgoal_text(SubgoalKind(kind), self.env.row_col(cell), task)
+        return subgoal_text(SubgoalKind(kind), self.env.row_col(cell), task, brief=brief)
 
     def check(self, request: PlanRequest, plan: Plan, todo: NDArray[np.bool_]) -> NDArray[np.int8]:
         """The feasibility chain: form, legality, reachability, no two agents with one task.
@@ -374,8 +384,15 @@ class SubgoalTracker:
         Returns:
             int8 `(n, A)`, a `Verdict` where `todo`; accepted agents' path fields are ready, and their tasks are
             marked as taken in `request.taken`.
+
+        Raises:
+            EchelonError: the plan isn't made of integer arrays `(n, A)`.
         """
         env = self.env
+        for name in ("kind", "cell", "task"):
+            x = getattr(plan, name)
+            if x.shape != todo.shape or x.dtype.kind not in "iu":
+                raise EchelonError(f"a planner's {name} is {x.dtype} {x.shape}: it must be integers {todo.shape}")
         verdict = np.zeros(todo.shape, np.int8)
         _check(
             request.rows, todo, plan.kind, plan.cell, plan.task, request.candidates.kind, request.candidates.cell,
@@ -500,7 +517,7 @@ def _write_features(  # type: ignore[no-untyped-def]
             f[k] = 1
             write_way(f[8:13], row_of[goal] - row_of[here], col_of[goal] - col_of[here])
             f[13] = clip8(np.int64(field[w, a, here]))
-            f[14] = clip8(127 * (deadline[w, a] - age[w, a]) // deadline[w, a])
+            f[14] = max(127 * (deadline[w, a] - age[w, a]) // deadline[w, a], 0)
             if route:
                 for m in range(1, 5):
                     f[14 + m] = first_step(field[w, a], grid[w], here, offsets[m])
@@ -530,7 +547,8 @@ def _check(  # type: ignore[no-untyped-def]
             if not todo[i, a]:
                 continue
             k, c, t = kind[i, a], cell[i, a], task[i, a]
-            if not (0 <= k < exclusive.shape[0] and 0 <= c < cells and -1 <= t < tasks) or (k >= 4 and t < 0):
+            known = 0 <= k < exclusive.shape[0] and 0 <= c < cells and -1 <= t < tasks
+            if not known or (k >= 4 and t < 0) or (k == 0 and t >= 0):
                 verdict[i, a] = 1
                 continue
             legal = not grid[w, c] & WALL

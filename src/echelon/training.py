@@ -46,7 +46,17 @@ from echelon.planners.llm import LLMPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.subgoals import FEATURES, Counts
 
-__all__ = ["Clock", "Progress", "Rollouts", "Trainer", "build_algorithm", "build_executor", "build_worlds", "load_policy", "model_of"]
+__all__ = [
+    "Clock",
+    "Progress",
+    "Rollouts",
+    "Trainer",
+    "build_algorithm",
+    "build_executor",
+    "build_worlds",
+    "load_policy",
+    "model_of",
+]
 
 _models: dict[str, CausalChoiceModel] = {}
 
@@ -105,7 +115,14 @@ def build_worlds(
         env_name(config.env), config.env, num_envs=num_envs, seed=seed, extra_features=FEATURES if planners else 0
     )
     return TeamWorlds(
-        env, planners, config.subgoals, gamma=config.algorithm.gamma, seed=seed, on_plan=on_plan, trace_all=trace_all
+        env,
+        planners,
+        config.subgoals,
+        gamma=config.algorithm.gamma,
+        seed=seed,
+        collision_cost=config.collision_cost,
+        on_plan=on_plan,
+        trace_all=trace_all,
     )
 
 

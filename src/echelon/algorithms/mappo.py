@@ -8,7 +8,7 @@ normalised, and a time limit bootstraps from the true last observation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -116,9 +116,7 @@ class MAPPO:
         generator = torch.Generator().manual_seed(int(spawn_keys(seed, (2,), 1)[0] >> np.uint64(1)))
         actor = RecurrentMLP if config.recurrent else MLP
         sizes = (len(obs_scale), h, h, num_actions)
-        self.actor: MLP | RecurrentMLP = actor(
-            sizes, obs_scale, last_gain=0.01, dtype=self.dtype, generator=generator
-        )
+        self.actor: MLP | RecurrentMLP = actor(sizes, obs_scale, last_gain=0.01, dtype=self.dtype, generator=generator)
         self.critic = MLP(
             (len(critic_scale), h, h, 1), critic_scale, last_gain=1.0, dtype=self.dtype, generator=generator
         )
@@ -220,9 +218,7 @@ class MAPPO:
         )
         logits = out.detach().numpy()
         grad = np.empty_like(logits)
-        stats = ppo_policy_gradient(
-            logits, mask, actions, logp, weights, self.config.clip, self.config.entropy, grad
-        )
+        stats = ppo_policy_gradient(logits, mask, actions, logp, weights, self.config.clip, self.config.entropy, grad)
         self.optimizers[0].zero_grad(set_to_none=False)
         if isinstance(self.actor, RecurrentMLP):
             out.backward(torch.from_numpy(grad))  # type: ignore[no-untyped-call]
@@ -259,7 +255,9 @@ class MAPPO:
         mean, std = self.value_norm.moments()
         out = []
         # In pieces that stay in the cache.
-        for o, s in zip(torch.from_numpy(obs).split(2048), torch.from_numpy(state).split(2048), strict=True):
+        for o, s in zip(
+            torch.split(torch.from_numpy(obs), 2048), torch.split(torch.from_numpy(state), 2048), strict=True
+        ):
             value, _ = self.critic.forward(self._critic_input(o, s))
             out.append(value.view(len(o), -1).expand(len(o), self.shape[1]))
         return (torch.cat(out) * std + mean).numpy()

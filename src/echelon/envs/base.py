@@ -41,7 +41,7 @@ ACTIONS = ("stay", "north", "east", "south", "west")
 MAX_SIDE = 256
 MAX_AGENTS = 64
 NEAREST_TASKS = 3
-OWN_FEATURES = 12
+OWN_FEATURES = 13
 WAY_FEATURES = 5
 
 
@@ -78,20 +78,29 @@ class Subgoal:
 
 
 _SUBGOAL_WORDS = {
-    SubgoalKind.WAIT: "wait",
-    SubgoalKind.CELL: "go to {target}",
-    SubgoalKind.REGION: "search around {target}",
-    SubgoalKind.DIRECTION: "go towards {target}",
-    SubgoalKind.FETCH: "fetch package {task} at {target}",
-    SubgoalKind.DELIVER: "deliver package {task} to {target}",
-    SubgoalKind.REPAIR: "repair machine {task} at {target}",
-    SubgoalKind.TOOL: "take tool {task} at {target}",
+    SubgoalKind.WAIT: ("wait", ""),
+    SubgoalKind.CELL: ("go", " to {target}"),
+    SubgoalKind.REGION: ("search", " around {target}"),
+    SubgoalKind.DIRECTION: ("go", " towards {target}"),
+    SubgoalKind.FETCH: ("fetch package {task}", " at {target}"),
+    SubgoalKind.DELIVER: ("deliver package {task}", " to {target}"),
+    SubgoalKind.REPAIR: ("repair machine {task}", " at {target}"),
+    SubgoalKind.TOOL: ("take tool {task}", " at {target}"),
 }
 
 
-def subgoal_text(kind: SubgoalKind, target: tuple[int, int], task: int) -> str:
-    """A subgoal in words; `target` as (row, col)."""
-    return _SUBGOAL_WORDS[kind].format(target=target, task=task)
+def subgoal_text(kind: SubgoalKind, target: tuple[int, int], task: int, *, brief: bool = False) -> str:
+    """A subgoal in words.
+
+    Args:
+        kind: what is asked.
+        target: (row, col).
+        task: task id, or -1.
+        brief: leave out where, if the task's id says it: coordinates are most of a prompt's tokens.
+    """
+    words, place = _SUBGOAL_WORDS[kind]
+    named = "{task}" in words
+    return (words if brief and named else words + place).format(target=target, task=task)
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,8 @@ class GridEnv(ABC, Generic[C]):
         reward: float32 `(W,)`, the team's task reward of the last step.
         terminated, truncated: bool `(W,)`; success is the only termination, the time limit truncates.
         final_obs: int8 `(W, A, obs_size)`, valid where the last step ended an episode.
-        collisions: int32 `(W,)`, moves of the last step that another agent prevented.
+        collisions: int32 `(W,)`, moves of the last step that another agent prevented; bumped: uint8 `(W, A)`,
+            1 for the agents whose move it was.
         pos: int32 `(W, A)`, cells as flat indices of the padded grid.
         carrying: int16 `(W, A)`, task id or -1.
         task_status: int8 `(W, T)`; task_cell, task_goal: int32 `(W, T)`.
@@ -277,6 +287,7 @@ class GridEnv(ABC, Generic[C]):
         self.pos = np.zeros((W, A), np.int32)
         self.carrying = np.full((W, A), -1, np.int16)
         self.load_goal = np.full((W, A), -1, np.int32)
+        self.bumped = np.zeros((W, A), np.uint8)
         self.last_action = np.zeros((W, A), np.int8)
         self.steps = np.zeros(W, np.int32)
         self.task_status = np.zeros((W, T), np.int8)
@@ -368,6 +379,7 @@ class GridEnv(ABC, Generic[C]):
         self.reward[:] = 0
         self.terminated[:] = self.truncated[:] = False
         self.collisions[:] = 0
+        self.bumped[:] = 0
         self.task_done_by[:] = -1
         self.new_info[:] = False
 
@@ -458,7 +470,7 @@ class GridEnv(ABC, Generic[C]):
     def _observe(self, which: NDArray[np.bool_]) -> None:
         """Write the observations and masks of the worlds `which`, all but the world's own features."""
         kernels.observe_agents(
-            which, self.grid, self.pos, self.last_action, self.steps, self.load_goal, self.obs_buffer,
+            which, self.grid, self.pos, self.last_action, self.bumped, self.steps, self.load_goal, self.obs_buffer,
             self.action_mask, self._geometry(),
         )  # fmt: skip
         start = self._own_start + OWN_FEATURES + WAY_FEATURES
@@ -495,7 +507,7 @@ class GridEnv(ABC, Generic[C]):
     # -- the whole state, for checkpoints --------------------------------------------------------
 
     _shared_state: ClassVar[tuple[str, ...]] = (
-        "keys", "counters", "grid", "pos", "carrying", "load_goal", "last_action", "steps", "task_status", "task_cell",
+        "keys", "counters", "grid", "pos", "carrying", "load_goal", "last_action", "bumped", "steps", "task_status", "task_cell",
         "task_goal", "task_done_by", "new_info", "reward", "terminated", "truncated", "collisions",
         "action_mask", "obs_buffer", "final_obs",
     )  # fmt: skip

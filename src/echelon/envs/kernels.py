@@ -60,7 +60,7 @@ def sign8(x: int) -> int:
 
 
 @numba.njit(cache=True)
-def _resolve_conflicts(pos, target, first):  # type: ignore[no-untyped-def]
+def _resolve_conflicts(pos, target, first, bumped):  # type: ignore[no-untyped-def]
     """Cancel moves until no two agents share a cell or swap; the number of cancelled moves.
 
     Of several agents that want one cell, the first in the rotating order that begins with agent `first`
@@ -85,13 +85,14 @@ def _resolve_conflicts(pos, target, first):  # type: ignore[no-untyped-def]
             else:
                 continue
             target[a] = pos[a]
+            bumped[a] = 1
             cancelled += 1
             changed = True
     return cancelled
 
 
 @numba.njit(cache=True)
-def resolve_moves(grid, pos, actions, offsets, first, target):  # type: ignore[no-untyped-def]
+def resolve_moves(grid, pos, actions, offsets, first, target, bumped):  # type: ignore[no-untyped-def]
     """Move the agents of one world at once; the number of moves that another agent prevented.
 
     Args:
@@ -101,6 +102,7 @@ def resolve_moves(grid, pos, actions, offsets, first, target):  # type: ignore[n
         offsets: int32 `(5,)`, a move as a difference of cells.
         first: the agent that goes first where several want one cell.
         target: int32 `(agents,)` scratch.
+        bumped: uint8 `(agents,)`, written: 1 where another agent prevented the move.
     """
     num = pos.shape[0]
     contact = False
@@ -117,7 +119,8 @@ def resolve_moves(grid, pos, actions, offsets, first, target):  # type: ignore[n
     for a in range(num):
         grid[target[a]] &= ~_CLAIM & 255
     # An agent that stays where another wants to go is seen through its AGENT bit, so no contact: no conflict.
-    cancelled = _resolve_conflicts(pos, target, first) if contact else 0
+    bumped[:] = 0
+    cancelled = _resolve_conflicts(pos, target, first, bumped) if contact else 0
     for a in range(num):
         grid[pos[a]] &= ~AGENT & 255
     for a in range(num):
@@ -164,10 +167,11 @@ def write_masks(mask, grid, cell, stride):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always", cache=True)
-def write_own(out, agent, last_action, time):  # type: ignore[no-untyped-def]
-    """The part of an agent's own state that every world has: int8 `(12,)`.
+def write_own(out, agent, last_action, time, bumped):  # type: ignore[no-untyped-def]
+    """The part of an agent's own state that every world has: int8 `(13,)`.
 
-    Time left (127 at the start, 0 at the limit), the last move (one-hot), the agent's id (six bits, ±1).
+    Time left (127 at the start, 0 at the limit), the last move (one-hot), the agent's id (six bits, ±1),
+    whether another agent prevented the last move (without it two that meet head-on push for ever).
     """
     out[0] = time
     for i in range(5):
@@ -175,6 +179,7 @@ def write_own(out, agent, last_action, time):  # type: ignore[no-untyped-def]
     out[1 + last_action] = 1
     for i in range(6):
         out[6 + i] = 2 * ((agent >> i) & 1) - 1
+    out[12] = bumped
 
 
 @numba.njit(inline="always", cache=True)
@@ -188,7 +193,7 @@ def write_way(out, rows, cols):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def observe_agents(which, grid, pos, last_action, steps, load_goal, obs, mask, geometry):  # type: ignore[no-untyped-def]
+def observe_agents(which, grid, pos, last_action, bumped, steps, load_goal, obs, mask, geometry):  # type: ignore[no-untyped-def]
     """What every world's agents see: window, own state, the way to where the load must go, and the masks.
 
     Args:
@@ -204,13 +209,14 @@ def observe_agents(which, grid, pos, last_action, steps, load_goal, obs, mask, g
         if not which[w]:
             continue
         time = 127 * (limit - steps[w]) // limit
+        began = steps[w] > 0
         for a in range(pos.shape[1]):
             cell = pos[w, a]
             out = obs[w, a]
             write_window(out, grid[w], cell, view, stride)
-            write_own(out[own:], a, last_action[w, a], time)
+            write_own(out[own:], a, last_action[w, a], time, began and bumped[w, a])
             goal = load_goal[w, a]
-            way = out[own + 12 : own + 17]
+            way = out[own + 13 : own + 18]
             if goal >= 0:
                 write_way(way, row_of[goal] - row_of[cell], col_of[goal] - col_of[cell])
             else:

@@ -94,7 +94,7 @@ class Repair(GridEnv[RepairConfig]):
     def _advance(self, actions: NDArray[np.int8]) -> None:
         _advance(
             actions, self._arrays(), self.offsets, self.limit, self.reward, self.terminated, self.truncated,
-            self.collisions, self.task_done_by, self.new_info, self._target,
+            self.collisions, self.bumped, self.task_done_by, self.new_info, self._target,
         )  # fmt: skip
         self._observe(self._every)
 
@@ -189,12 +189,12 @@ class Repair(GridEnv[RepairConfig]):
 
 @numba.njit(cache=True)
 def _advance(  # type: ignore[no-untyped-def]
-    actions, arrays, offsets, limit, reward, terminated, truncated, collisions, done_by, new_info, target
+    actions, arrays, offsets, limit, reward, terminated, truncated, collisions, bumped, done_by, new_info, target
 ):
     grid, pos, carrying, last_action, steps, status, task_cell, _goal, need, lock, machines = arrays
     num_agents = pos.shape[1]
     for w in range(pos.shape[0]):
-        collisions[w] = resolve_moves(grid[w], pos[w], actions[w], offsets, steps[w] % num_agents, target)
+        collisions[w] = resolve_moves(grid[w], pos[w], actions[w], offsets, steps[w] % num_agents, target, bumped[w])
         steps[w] += 1
         for t in range(status.shape[1]):
             done_by[w, t] = -1

@@ -155,8 +155,8 @@ class Search(GridEnv[SearchConfig]):
     def _advance(self, actions: NDArray[np.int8]) -> None:
         _advance(
             actions, self._arrays(), self.offsets, self.limit, self._sight, self._region_of, self._order,
-            self.reward, self.terminated, self.truncated, self.collisions, self.task_done_by, self.new_info,
-            self._target,
+            self.reward, self.terminated, self.truncated, self.collisions, self.bumped, self.task_done_by,
+            self.new_info, self._target,
         )  # fmt: skip
         self._observe(self._every)
 
@@ -310,13 +310,13 @@ def _update_regions(grid, status, task_cell, left, nearest, order):  # type: ign
 
 @numba.njit(cache=True)
 def _advance(  # type: ignore[no-untyped-def]
-    actions, arrays, offsets, limit, sight, region_of, order, reward, terminated, truncated, collisions, done_by,
-    new_info, target,
+    actions, arrays, offsets, limit, sight, region_of, order, reward, terminated, truncated, collisions, bumped,
+    done_by, new_info, target,
 ):  # fmt: skip
     grid, pos, last_action, steps, status, task_cell, target_cell, found, left, nearest, looked = arrays
     num_agents = pos.shape[1]
     for w in range(pos.shape[0]):
-        collisions[w] = resolve_moves(grid[w], pos[w], actions[w], offsets, steps[w] % num_agents, target)
+        collisions[w] = resolve_moves(grid[w], pos[w], actions[w], offsets, steps[w] % num_agents, target, bumped[w])
         steps[w] += 1
         done_by[w, :] = -1
         gained, looks = 0, 0

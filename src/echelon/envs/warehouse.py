@@ -85,7 +85,7 @@ class Warehouse(GridEnv[WarehouseConfig]):
     def _advance(self, actions: NDArray[np.int8]) -> None:
         _advance(
             actions, self._arrays(), self._geometry(), self.reward, self.terminated, self.truncated,
-            self.collisions, self.task_done_by, self._target,
+            self.collisions, self.bumped, self.task_done_by, self._target,
         )  # fmt: skip
         self._observe(self._every)
 
@@ -163,13 +163,13 @@ class Warehouse(GridEnv[WarehouseConfig]):
 
 @numba.njit(cache=True)
 def _advance(  # type: ignore[no-untyped-def]
-    actions, arrays, geometry, reward, terminated, truncated, collisions, done_by, target
+    actions, arrays, geometry, reward, terminated, truncated, collisions, bumped, done_by, target
 ):
     grid, pos, carrying, last_action, steps, status, task_cell, task_goal, zone, load_goal = arrays
     offsets, _row_of, _col_of, _view, _stride, limit = geometry
     num_agents, num_tasks = pos.shape[1], status.shape[1]
     for w in range(pos.shape[0]):
-        collisions[w] = resolve_moves(grid[w], pos[w], actions[w], offsets, steps[w] % num_agents, target)
+        collisions[w] = resolve_moves(grid[w], pos[w], actions[w], offsets, steps[w] % num_agents, target, bumped[w])
         steps[w] += 1
         gained = np.float32(0)
         for t in range(num_tasks):

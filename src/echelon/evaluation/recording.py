@@ -61,9 +61,7 @@ class Recorder:
             return []
         before = self._frames[i][-1]["status"]
         return [
-            f"{task.label}: {task.status}"
-            for task, old in zip(scene.tasks, before, strict=False)
-            if task.status != old
+            f"{task.label}: {task.status}" for task, old in zip(scene.tasks, before, strict=False) if task.status != old
         ]
 
     def plan(self, trace: PlanTrace) -> None:
@@ -122,11 +120,14 @@ class Recorder:
             "zones": [{"id": z.id, "label": z.label, "cells": [list(c) for c in z.cells]} for z in scene.zones],
             "tasks": [
                 {
-                    "id": t.id, "kind": t.kind, "label": t.label, "cell": None if t.cell is None else list(t.cell),
+                    "id": t.id,
+                    "kind": t.kind,
+                    "label": t.label,
+                    "cell": None if t.cell is None else list(t.cell),
                     "goal": None if t.goal is None else list(t.goal),
                 }
                 for t in scene.tasks
-            ],  # fmt: skip
+            ],
             "frames": self._frames[i],
             "plans": self._plans[i],
         }

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echelon.envs.kernels import UNREACHABLE
+from echelon.errors import EchelonError
 from echelon.llm.choice import ChoiceModel, ChoicePrompt, ChoiceScores
-from echelon.llm.prompts import Block, PromptTemplate, option_lines
+from echelon.llm.prompts import LETTERS, Block, PromptTemplate, option_lines
 from echelon.subgoals import Plan, PlanRequest, Verdict
 
 __all__ = ["LLMPlanner"]
@@ -28,7 +29,7 @@ class LLMPlanner:
     """Scores every agent's open candidates with a model, all agents of all worlds in one batch.
 
     An agent with one open candidate needs no model. Where two agents want one task, the one that is surer of
-    it gets it and the other its next best.
+    it gets it and the other its next best, or, if others took all that it was shown, the nearest that is left.
 
     Attributes:
         asked: agents for whom the model was asked; forced: agents that had only one open candidate.
@@ -44,7 +45,12 @@ class LLMPlanner:
             model: anything that scores options.
             max_options: most candidates shown (the nearest ones), 2 to 26.
             folder: where the templates `choose_system.txt` and `choose.txt` lie.
+
+        Raises:
+            EchelonError: max_options is out of range, or a template can't be used.
         """
+        if not 2 <= max_options <= len(LETTERS):
+            raise EchelonError(f"max_options is {max_options}: it must be 2 to {len(LETTERS)}")
         self.name = f"llm:{model.name}"
         self.model, self.max_options = model, max_options
         self.shared = PromptTemplate.from_file(folder / "choose_system.txt").render()
@@ -73,6 +79,9 @@ class LLMPlanner:
             i, a, options, prompt = questions[q]
             ranked = options[np.argsort(-scores[q].logprobs, kind="stable")]
             best = next((int(c) for c in ranked if not self._is_taken(request, taken, i, a, int(c))), -1)
+            if best < 0 and len(left := self._open(request, taken, i, a)):
+                # Others took all that it was shown.
+                best = int(left[np.argmin(request.distance[i, a, left])])
             if best >= 0:
                 self._take(request, taken, choice, i, a, best)
             notes[i]["agents"][a] = self._note(prompt, scores[q], options, best)
@@ -83,13 +92,18 @@ class LLMPlanner:
     def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
         """What the model is asked about agent `a` of row `i` with the candidates `options` (int64 `(k,)`)."""
         assert request.distance is not None
-        words = tuple(f"{request.text(i, a, int(c))}: {request.distance[i, a, c]} steps" for c in options)
+        words = tuple(f"{request.text(i, a, int(c), brief=True)}, {request.distance[i, a, c]} steps" for c in options)
         verdict = Verdict(int(request.rejected[i, a]))
         feedback = f"Your last choice was refused: {verdict.reason}.\n" if verdict else ""
         cell = request.where(i, a)
-        text = self.template.render(
-            robot=a, cell=f"row {cell[0]}, column {cell[1]}", options=option_lines(words), feedback=Block(feedback)
-        )
+        fields = {
+            "robot": a,
+            "cell": f"row {cell[0]}, column {cell[1]}",
+            "options": option_lines(words),
+            "feedback": Block(feedback),
+        }
+        # A user's own template need not use every field.
+        text = self.template.render(**{k: v for k, v in fields.items() if k in self.template.fields})
         return ChoicePrompt(self.shared, text, words)
 
     def _open(self, request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int) -> NDArray[np.int64]:

@@ -13,6 +13,8 @@ from echelon.subgoals import Plan, PlanRequest
 
 __all__ = ["RandomCell", "RandomTask"]
 
+_PICKS = np.uint64(1 << 32)  # far from the counters with which random candidates were drawn from the same keys
+
 
 class RandomCell(StatelessPlanner):
     """Sends each agent to a random free cell, whatever the tasks are: L2M2's control C."""
@@ -69,7 +71,7 @@ def _open_choice(need, kind, task, taken, keys, choice):  # type: ignore[no-unty
                     continue
                 n += 1
                 # Reservoir of one: the n-th takes the place with chance 1 / n.
-                if mix(keys[i, a], np.uint64(n)) % np.uint64(n) == 0:
+                if mix(keys[i, a], _PICKS + np.uint64(n)) % np.uint64(n) == 0:
                     pick = c
             choice[i, a] = pick
             if pick >= 0 and task[i, a, pick] >= 0 and kind[i, a, pick] != 7:
