@@ -6,6 +6,7 @@ A checkpoint is `manifest.json`, `progress.json` (JSON-able values), `worlds.saf
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,8 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: in
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first (none if there is no such folder)."""
-    return sorted(p for p in folder.glob("step-*") if (p / "manifest.json").exists())
+    """The checkpoints in `folder`, oldest first (none if there is no such folder); also damaged ones."""
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{12,}", p.name))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -75,12 +76,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         EchelonError: it is damaged, incomplete, or of a newer format; the line says what to do.
     """
-    manifest = read_json(path / "manifest.json", "checkpoint manifest")
-    version = manifest.get("format")
-    if not isinstance(version, int) or version > FORMAT:
+    try:
+        manifest = read_json(path / "manifest.json", "checkpoint manifest")
+    except EchelonError as error:
+        raise EchelonError(f"{error}; {_way_out(path)}") from None
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise EchelonError(
             f"checkpoint {path} has format {version}, this Echelon reads up to {FORMAT}: use a newer Echelon"
         )
+    if version != FORMAT or not isinstance(manifest.get("sha256"), dict):
+        raise EchelonError(f"checkpoint {path} is damaged: its manifest.json is no manifest; {_way_out(path)}")
     for part in _PARTS:
         file = path / part
         if not file.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tomllib
 import types
@@ -70,6 +71,11 @@ class RunConfig:
         if self.planner is not None and method(self.method).train_planner is None:
             raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
 
+    @property
+    def model_spec(self) -> str:
+        """The language model that takes part, where one does: the planner's own, else `model`."""
+        return self.planner[4:] if self.planner is not None and self.planner.startswith("llm:") else self.model
+
 
 def to_toml(config: RunConfig) -> str:
     """The config as TOML that `from_toml` reads back; settings that are None are left out."""
@@ -92,8 +98,9 @@ def _line(name: str, value: object) -> str:
         return f"{name} = {str(value).lower()}"
     if isinstance(value, int | float):
         return f"{name} = {value!r}"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'{name} = "{text}"'
+    # A TOML string is escaped as JSON's, but for DEL.
+    text = json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"{name} = {text}"
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -116,8 +123,8 @@ def from_toml(data: dict[str, Any], source: str = "config") -> RunConfig:
     data = dict(data)
     name = data.pop("environment", "warehouse")
     known = environments()
-    if name not in known:
-        raise unknown_name("environment", name, known)
+    if not isinstance(name, str) or name not in known:
+        raise unknown_name("environment", str(name), known)
     nested = {"env": known[name], "subgoals": SubgoalConfig, "algorithm": MAPPOConfig}
     values: dict[str, Any] = {}
     for key, cls in nested.items():

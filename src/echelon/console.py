@@ -18,7 +18,7 @@ from echelon.training import Progress as TrainingProgress
 
 __all__ = ["Stopper", "Watch", "console", "results_rows", "results_table"]
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 _PLAIN_EVERY = 60.0
 
 
@@ -60,8 +60,8 @@ class Watch:
         self._live = console.is_terminal
         self._told = time.monotonic()
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[info]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, transient=True,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}

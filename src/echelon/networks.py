@@ -310,7 +310,7 @@ def ppo_policy_gradient(logits, mask, actions, old_logp, advantages, clip, entro
         active = ratio * a <= bounded * a
         clipped += not active
         loss -= min(ratio * a, bounded * a)
-        entropy_sum += entropy
+        entropy_sum += float(entropy)
         kl_sum += ratio - 1 - change
         push = -ratio * a * inv if active else np.float32(0)
         for k in range(num):

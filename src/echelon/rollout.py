@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,6 @@ class Episodes:
     task_return: float = 0.0
     intrinsic_return: float = 0.0
     collisions: int = 0
-    tasks_done: float = 0.0
 
 
 @dataclass
@@ -61,7 +60,6 @@ class PlanTime:
 
     seconds: float = 0.0
     rounds: int = 0
-    subgoals: dict[str, int] = field(default_factory=dict)
 
 
 class TeamWorlds:
@@ -118,7 +116,7 @@ class TeamWorlds:
         self.begins = np.ones(W, bool)
         self.active = np.ones(W, bool)
         self.traced: int | None = None
-        self._sums = np.zeros((4, W))
+        self._sums = np.zeros((3, W))
         self.episodes = Episodes()
         self.plan_time = {p.name: PlanTime() for p, _ in self.planners}
 
@@ -171,7 +169,7 @@ class TeamWorlds:
         e.count += int(done.sum())
         e.success += int(env.terminated.sum())
         e.length_of_success += int(env.steps[env.terminated].sum())
-        task, intrinsic, collisions, _ = self._sums[:, done].sum(1)
+        task, intrinsic, collisions = self._sums[:, done].sum(1)
         e.task_return += float(task)
         e.intrinsic_return += float(intrinsic)
         e.collisions += int(collisions)

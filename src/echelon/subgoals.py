@@ -22,7 +22,9 @@ from echelon.rng import mix, spawn_keys
 
 __all__ = [
     "DIRECTIONS",
+    "EXCLUSIVE",
     "FEATURES",
+    "Counts",
     "Outcome",
     "Plan",
     "PlanRequest",
@@ -37,12 +39,14 @@ FEATURES = 20
 """What an executor sees of its subgoal, appended to its observation; see `SubgoalTracker`."""
 
 DIRECTIONS = ("north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west")
+"""The eight directions of the candidate space `direction`, in the order of its candidates."""
 _DIR_ROW = np.array([-1, -1, 0, 1, 1, 1, 0, -1])
 _DIR_COL = np.array([0, 1, 1, 1, 0, -1, -1, -1])
 _NUM_KINDS = len(SubgoalKind)
 _FIRST_TASK_KIND = int(SubgoalKind.FETCH)
 # A task of these kinds is done by one agent; two with the same one would get in each other's way.
-_EXCLUSIVE = np.array([k in (SubgoalKind.REGION, SubgoalKind.FETCH, SubgoalKind.REPAIR) for k in SubgoalKind])
+EXCLUSIVE = np.array([k in (SubgoalKind.REGION, SubgoalKind.FETCH, SubgoalKind.REPAIR) for k in SubgoalKind])
+"""Kinds whose task may be given to one agent only, bool, by kind."""
 
 
 class Outcome(IntEnum):
@@ -168,7 +172,7 @@ class PlanRequest:
     @staticmethod
     def is_exclusive(kind: int) -> bool:
         """Whether a task of this kind may be given to one agent only."""
-        return bool(_EXCLUSIVE[kind])
+        return bool(EXCLUSIVE[kind])
 
 
 @dataclass
@@ -327,7 +331,7 @@ class SubgoalTracker:
         # Who still goes for what is done already (`on_failed` off) keeps nobody from it: a carrier must deliver.
         env.subgoals_open(self.kind, self.task, self._open)
         i, a = np.nonzero(~need & (self.task[rows] >= 0) & self._open[rows])
-        busy = _EXCLUSIVE[self.kind[rows[i], a]]
+        busy = EXCLUSIVE[self.kind[rows[i], a]]
         taken[i[busy], self.task[rows[i], a][busy]] = True
         return PlanRequest(
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
@@ -397,7 +401,7 @@ class SubgoalTracker:
         _check(
             request.rows, todo, plan.kind, plan.cell, plan.task, request.candidates.kind, request.candidates.cell,
             request.candidates.task, request.taken, env.grid, env.pos, env.stride, self.field, verdict, self._queue,
-            _EXCLUSIVE,
+            EXCLUSIVE,
         )  # fmt: skip
         for v, n in enumerate(np.bincount(verdict[todo], minlength=len(Verdict))):
             if v:
@@ -475,8 +479,11 @@ def _judge(  # type: ignore[no-untyped-def]
                 continue
             age[w, a] += 1
             here, goal, t = pos[w, a], cell[w, a], task[w, a]
-            wait = kind[w, a] == 0
-            reached = (not wait and here == goal) or (t >= 0 and done_by[w, t] == a)
+            k = kind[w, a]
+            wait = k == 0
+            # Standing on a package's cell is not having it: what must be done counts once it is done.
+            deed = k == 4 or k == 5 or k == 6
+            reached = (not wait and not deed and here == goal) or (t >= 0 and done_by[w, t] == a)
             if reached:
                 outcome[w, a] = 1
             elif not is_open[w, a]:

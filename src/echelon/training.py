@@ -445,7 +445,11 @@ class Trainer:
             metrics |= {f"rejected_{k}": v for k, v in counts.rejected.items()}
             for planner, _ in worlds.planners:
                 if isinstance(planner, LLMPlanner):
-                    metrics |= {"model_questions": planner.asked, "model_spared": planner.forced}
+                    metrics |= {
+                        "model_questions": planner.asked,
+                        "model_spared": planner.forced,
+                        "model_failures": planner.failures,
+                    }
         return metrics
 
     def _record(self, trace: PlanTrace) -> None:

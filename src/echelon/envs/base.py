@@ -507,9 +507,9 @@ class GridEnv(ABC, Generic[C]):
     # -- the whole state, for checkpoints --------------------------------------------------------
 
     _shared_state: ClassVar[tuple[str, ...]] = (
-        "keys", "counters", "grid", "pos", "carrying", "load_goal", "last_action", "bumped", "steps", "task_status", "task_cell",
-        "task_goal", "task_done_by", "new_info", "reward", "terminated", "truncated", "collisions",
-        "action_mask", "obs_buffer", "final_obs",
+        "keys", "counters", "grid", "pos", "carrying", "load_goal", "last_action", "bumped", "steps",
+        "task_status", "task_cell", "task_goal", "task_done_by", "new_info", "reward", "terminated", "truncated",
+        "collisions", "action_mask", "obs_buffer", "final_obs",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[Any]]:

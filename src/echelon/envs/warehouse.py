@@ -96,6 +96,14 @@ class Warehouse(GridEnv[WarehouseConfig]):
         )  # fmt: skip
         self._observe(which)
 
+    def subgoals_open(
+        self, kind: NDArray[np.int8], task: NDArray[np.int16], out: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """As `GridEnv.subgoals_open`; a robot that took up something on its way can't fetch anything else."""
+        super().subgoals_open(kind, task, out)
+        out &= (kind != SubgoalKind.FETCH) | (self.carrying < 0)
+        return out
+
     def candidate_arrays(self, rows: NDArray[np.int64]) -> Candidates:
         """Carrying: deliver. Else: fetch each waiting package, or wait."""
         shape = (len(rows), self.num_agents, self.num_tasks + 1)

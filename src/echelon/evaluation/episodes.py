@@ -108,7 +108,7 @@ def evaluate(
     worlds.traced = record if on_plan is None else None
     executor = build_executor(config, worlds, policy)
     uses_model = method(config.method).needs_model(config.planner)
-    before = model_of(config.model).state_dict() if uses_model else {}
+    before = model_of(config.model_spec).state_dict() if uses_model else {}
     worlds.start()
     results = _play(worlds, executor.act, greedy, recorder, report, should_stop)
     if results is None:
@@ -120,7 +120,7 @@ def evaluate(
         for planner, _ in worlds.planners:
             plans |= {k: v for k, v in planner.state_dict().items() if isinstance(v, int)}
     if uses_model:
-        plans |= {f"model_{k}": v - before[k] for k, v in model_of(config.model).state_dict().items()}
+        plans |= {f"model_{k}": v - before[k] for k, v in model_of(config.model_spec).state_dict().items()}
     replay = recorder.document(worlds, results[0]) if recorder is not None else None
     return EpisodeResults(*results, time.perf_counter() - start, plans, replay)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from echelon.envs.kernels import UNREACHABLE
 from echelon.planners.base import StatelessPlanner
-from echelon.subgoals import Plan, PlanRequest
+from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest
 
 __all__ = ["Hungarian", "assign"]
 
@@ -100,7 +100,7 @@ def _assign_all(need, kind, task, distance, taken, choice):  # type: ignore[no-u
                 k, t, d = kind[i, a, c], task[i, a, c], np.int64(distance[i, a, c])
                 if k <= 0 or d >= UNREACHABLE or (t >= 0 and taken[i, t]):
                     continue
-                column = tasks + r if t < 0 or k == 7 else t
+                column = t if t >= 0 and EXCLUSIVE[k] else tasks + r
                 if d < cost[r, column]:
                     cost[r, column], pick[r, column] = d, c
         column = assign(cost)

@@ -33,6 +33,7 @@ class LLMPlanner:
 
     Attributes:
         asked: agents for whom the model was asked; forced: agents that had only one open candidate.
+        failures: times that the model gave no usable answer.
     """
 
     needs_distance = True
@@ -55,7 +56,7 @@ class LLMPlanner:
         self.model, self.max_options = model, max_options
         self.shared = PromptTemplate.from_file(folder / "choose_system.txt").render()
         self.template = PromptTemplate.from_file(folder / "choose.txt")
-        self.asked = self.forced = 0
+        self.asked = self.forced = self.failures = 0
 
     def plan(self, request: PlanRequest) -> Plan:
         """The most probable candidates, no task twice; agents for whom none is open wait."""
@@ -68,13 +69,17 @@ class LLMPlanner:
             options = self._open(request, taken, int(i), int(a))
             if len(options) == 1:
                 self.forced += 1
+                notes[int(i)]["agents"][int(a)] = {"forced": True}
                 self._take(request, taken, choice, int(i), int(a), int(options[0]))
             elif len(options) > 1:
                 questions.append((int(i), int(a), options, self.prompt(request, int(i), int(a), options)))
         self.asked += len(questions)
-        scores = self.model.score([q[3] for q in questions]) if questions else []
+        scores, broken = self._ask([q[3] for q in questions])
+        if broken is not None:
+            for i, a, _, prompt in questions:
+                notes[i]["agents"][a] = {"prompt": prompt.text, "error": broken}
         # The surest first, so that of two that want one task the surer gets it; of equals the first asked.
-        order = sorted(range(len(questions)), key=lambda q: -float(scores[q].logprobs.max()))
+        order = sorted(range(len(scores)), key=lambda q: -float(scores[q].logprobs.max()))
         for q in order:
             i, a, options, prompt = questions[q]
             ranked = options[np.argsort(-scores[q].logprobs, kind="stable")]
@@ -87,7 +92,26 @@ class LLMPlanner:
             notes[i]["agents"][a] = self._note(prompt, scores[q], options, best)
         plan = Plan.chosen(request, choice)
         plan.notes = notes
+        if broken is not None:
+            # No answer is an answer of bad form: sent back, then the fallback decides, and the run goes on.
+            for i, a, _, _ in questions:
+                plan.kind[i, a] = -1
         return plan
+
+    def _ask(self, prompts: list[ChoicePrompt]) -> tuple[list[ChoiceScores], str | None]:
+        """The model's scores, or none and the reason why."""
+        if not prompts:
+            return [], None
+        try:
+            scores = self.model.score(prompts)
+        except (EchelonError, RuntimeError, OSError) as error:
+            self.failures += 1
+            return [], str(error)
+        fits = (np.isfinite(s.logprobs).all() and len(s.logprobs) == len(p.options) for s, p in zip(scores, prompts))  # noqa: B905
+        if len(scores) != len(prompts) or not all(fits):
+            self.failures += 1
+            return [], f"model {self.model.name} gave scores that don't fit its questions"
+        return list(scores), None
 
     def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
         """What the model is asked about agent `a` of row `i` with the candidates `options` (int64 `(k,)`)."""
@@ -141,8 +165,9 @@ class LLMPlanner:
 
     def state_dict(self) -> dict[str, Any]:
         """Its counters."""
-        return {"asked": self.asked, "forced": self.forced}
+        return {"asked": self.asked, "forced": self.forced, "failures": self.failures}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.asked, self.forced = int(state["asked"]), int(state["forced"])
+        self.failures = int(state["failures"])

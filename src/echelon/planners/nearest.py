@@ -7,7 +7,7 @@ import numpy as np
 
 from echelon.envs.kernels import UNREACHABLE
 from echelon.planners.base import StatelessPlanner
-from echelon.subgoals import Plan, PlanRequest
+from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest
 
 __all__ = ["Nearest", "nearest_choice"]
 
@@ -42,5 +42,5 @@ def nearest_choice(need, kind, task, distance, taken, choice):  # type: ignore[n
                 if distance[i, a, c] < best_d:
                     best, best_d = c, np.int64(distance[i, a, c])
             choice[i, a] = best
-            if best >= 0 and task[i, a, best] >= 0 and kind[i, a, best] != 7:
+            if best >= 0 and task[i, a, best] >= 0 and EXCLUSIVE[kind[i, a, best]]:
                 taken[i, task[i, a, best]] = True

@@ -9,7 +9,7 @@ from echelon.envs.base import SubgoalKind
 from echelon.envs.kernels import WALL
 from echelon.planners.base import StatelessPlanner
 from echelon.rng import mix
-from echelon.subgoals import Plan, PlanRequest
+from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest
 
 __all__ = ["RandomCell", "RandomTask"]
 
@@ -74,5 +74,5 @@ def _open_choice(need, kind, task, taken, keys, choice):  # type: ignore[no-unty
                 if mix(keys[i, a], _PICKS + np.uint64(n)) % np.uint64(n) == 0:
                     pick = c
             choice[i, a] = pick
-            if pick >= 0 and task[i, a, pick] >= 0 and kind[i, a, pick] != 7:
+            if pick >= 0 and task[i, a, pick] >= 0 and EXCLUSIVE[kind[i, a, pick]]:
                 taken[i, task[i, a, pick]] = True
