@@ -24,6 +24,7 @@ LAYERS = [
     {"methods", "configs", "rollout", "executors", "checkpoints", "training"},
     {"evaluation", "reports"},
     {"cli", "console", "flags"},
+    {"__main__"},
 ]
 SHARED = {
     "envs": {"base", "kernels", "maps"},

@@ -35,19 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not args or args[0] in ("-h", "--help"):
-            print(_overview())
-            return 0 if args else 2
-        if args[0] == "--version":
-            print(f"echelon {echelon.__version__}")
-            return 0
-        if args[0] not in _COMMANDS:
-            raise unknown_name("command", args[0], _COMMANDS)
-        return _COMMANDS[args[0]](args[1:])
+        try:
+            status = _run(args)
+        except SystemExit:  # --help
+            status = 0
+        # Not left to the interpreter's end, where a reader that went away can't be forgiven any more.
+        sys.stdout.flush()
+        return status
     except EchelonError as error:
         # One line, whatever it was made of: control characters could steer the terminal.
         line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
         print(f"echelon: {line}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"echelon: out of memory ({error}): fewer or smaller worlds need less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("echelon: stopped", file=sys.stderr)
@@ -56,6 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`echelon … | head`): nothing to complain about.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"echelon {echelon.__version__}")
+        return 0
+    if args[0] not in _COMMANDS:
+        raise unknown_name("command", args[0], _COMMANDS)
+    return _COMMANDS[args[0]](args[1:])
 
 
 def _overview() -> str:
@@ -77,17 +90,28 @@ def _overview() -> str:
     )  # fmt: skip
 
 
-def _ensure_model(run: RunConfig, method_name: str | None = None) -> None:
+def _ensure_model(run: RunConfig) -> None:
     """Fetch the model that a run needs, if it isn't there: once, with a progress bar."""
+    from echelon.envs import env_name, make
     from echelon.llm import ModelStore
+    from echelon.planners import make_rule_planner
 
-    kind = method(method_name or run.method)
-    if not kind.needs_model(run.planner):
+    if not method(run.method).needs_model(run.planner):
         return
-    spec = run.planner[4:] if run.planner and run.planner.startswith("llm:") else run.model
-    store = ModelStore()
-    if not spec.startswith("hf:") and store.status(spec).state == "absent":
+    spec = run.model_spec
+    if not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
+        # Settings that can't be used are told before a hundred megabytes come.
+        make(env_name(run.env), run.env, num_envs=1)
+        for planner in (run.planner, run.cheap_planner):
+            if planner is not None and planner != "llm" and not planner.startswith("llm:"):
+                make_rule_planner(planner)
         _fetch(spec, force=False, source=None)
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise EchelonError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
 
 
 def _fetch(name: str, *, force: bool, source: Path | None) -> None:
@@ -118,7 +142,7 @@ class _TrainFlags:
     out: Path | None = None
     """The run's folder; default: runs/<method>-<environment>-<size>-seed<seed>-<time>."""
     resume: Path | None = None
-    """Go on with the run in this folder, bit-identical; only --steps may be given with it."""
+    """Go on with the run in this folder, bit-identical; of its settings only --steps may be given with it."""
     eval_episodes: int = 200
     """Episodes to evaluate on after training (0: none)."""
     replay_episodes: int = 3
@@ -129,10 +153,15 @@ def _train(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_table
     from echelon.training import Trainer
 
-    steps = next((a for i, a in enumerate(args) if i and args[i - 1] == "--steps"), None)
+    given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
     run, flags = run_flags("train", args, _TrainFlags)
+    _at_least(0, eval_episodes=flags.eval_episodes, replay_episodes=flags.replay_episodes)
     if flags.resume is not None:
-        trainer = Trainer.resume(flags.resume, steps=run.steps if steps is not None else None)
+        if other := sorted(given - {"--resume", "--steps", "--eval-episodes", "--replay-episodes"}):
+            raise EchelonError(
+                f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
+            )
+        trainer = Trainer.resume(flags.resume, steps=run.steps if "--steps" in given else None)
         run = trainer.config
     else:
         if not method(run.method).learns:
@@ -167,9 +196,9 @@ def _default_folder(run: RunConfig) -> Path:
 
 def _evaluate_run(
     run: RunConfig, folder: Path, episodes: int, record: int, watch: Any, stopper: Callable[[], bool],
-    *, greedy: bool = False, seed: int | None = None, name: str = "evaluation",
+    *, greedy: bool = False, seed: int | None = None, name: str = "evaluation", costs: dict[str, float] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Evaluate what is in a run's folder; writes `<name>.json` and a replay there."""
+    """Evaluate what is in a run's folder; writes `<name>.json` (with the training's `costs`) and a replay there."""
     from echelon.evaluation import evaluate
     from echelon.reports.replay import write_replay
     from echelon.training import load_policy
@@ -183,7 +212,7 @@ def _evaluate_run(
     watch.end(label)
     if result is None:
         return None
-    summary = result.summary()
+    summary = result.summary() | (costs or {})
     if result.replay is not None:
         write_replay(folder / "replays" / f"{name}.html", result.replay)
         atomic_write_json(folder / "replays" / f"{name}.json", result.replay)
@@ -212,6 +241,8 @@ def _evaluate(args: list[str]) -> int:
 
     folder, base = run_folder(args, "evaluate")
     run, flags = run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
+    _at_least(1, episodes=flags.episodes)
+    _at_least(0, replay_episodes=flags.replay_episodes, world_seed=flags.world_seed or 0)
     _ensure_model(run)
     stopper = Stopper()
     with stopper.listening(), Watch() as watch:
@@ -243,12 +274,20 @@ class _CompareFlags:
 
 def _compare(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_rows, results_table
+    from echelon.envs import env_name, make
 
     run, flags = run_flags("compare", args, _CompareFlags)
     runs = [dataclasses.replace(run, method=name) for name in dict.fromkeys(flags.methods)]
     if not runs:
         raise EchelonError("--methods names no method")
+    _at_least(1, eval_episodes=flags.eval_episodes)
+    _at_least(0, replay_episodes=flags.replay_episodes)
+    # What can't be used is told before anything is trained or written.
+    make(env_name(run.env), run.env, num_envs=1)
     for one in runs:
+        config = flags.out / one.method / "config.toml"
+        if config.exists() and not _same_run(read_toml(config), one):
+            raise EchelonError(f"{config.parent} holds a run with other settings: choose another --out, or remove it")
         _ensure_model(one)
     results: dict[str, Any] = {}
     stopper = Stopper()
@@ -286,8 +325,6 @@ def _compare_one(
 
     folder = flags.out / run.method
     config = folder / "config.toml"
-    if config.exists() and not _same_run(read_toml(config), run):
-        raise EchelonError(f"{folder} holds a run with other settings: choose another --out, or remove it")
     done = folder / "evaluation.json"
     if done.exists():
         result = read_json(done, "evaluation")
@@ -302,12 +339,7 @@ def _compare_one(
         costs = run_costs(folder)
     else:
         atomic_write_text(config, to_toml(run))
-    result = _evaluate_run(run, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper)
-    if result is None:
-        return None
-    result |= costs
-    atomic_write_json(done, result)
-    return result
+    return _evaluate_run(run, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper, costs=costs)
 
 
 def _same_run(old: RunConfig, new: RunConfig) -> bool:
@@ -415,6 +447,7 @@ def _bench(args: list[str]) -> int:
     from echelon.evaluation.speed import env_speed, training_speed
 
     run, flags = run_flags("bench", args, _BenchFlags, preset={"method": "flat-mappo", "env": {"num_agents": 8}})
+    _at_least(1, updates=flags.updates)
     settings = dataclasses.asdict(run.env)
     rate = env_speed(env_name(run.env), num_envs=run.num_envs, **settings)
     print(f"{env_name(run.env)}: {rate:,.0f} steps/s (one core)")

@@ -35,15 +35,13 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
 
 
 def _one_line(text: str, command: str) -> str:
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╰╮╯─ \t") for line in text.splitlines()]
+    """What a box of tyro's says is wrong: the words between its title and its first rule, and the nearest flag."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| \t") for line in text.splitlines()]
     lines = [line for line in lines if line]
-    # The first line is the box's title, the next ones up to the rule say what is wrong.
-    body = " ".join(lines[1:3] if len(lines) > 2 and not lines[2].startswith("Perhaps") else lines[1:2])
-    body = body.split("Argument helptext")[0].split("Perhaps you meant")[0].strip()
-    near = next(
-        (line.split()[0].rstrip(",") for i, line in enumerate(lines) if lines[i - 1] == "Perhaps you meant:"), ""
-    )
-    hint = f"; did you mean {near}?" if near else ""
+    rules = [i for i, line in enumerate(lines) if i and not line.strip("╭╰╮╯─+- ")]
+    body = " ".join(lines[1 : rules[0] if rules else None])
+    near = next((line.split()[0] for i, line in enumerate(lines) if i and lines[i - 1] == "Perhaps you meant:"), "")
+    hint = f"; did you mean {near.rstrip(',')}?" if near else ""
     return f"{body or 'the flags can not be read'}{hint} (echelon {command} --help)"
 
 

@@ -7,12 +7,15 @@ done again after a crash and comes out the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import platform
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -321,7 +324,7 @@ class Trainer:
         self.folder, self.step, self._plans = folder, 0, None
         self._pending: list[PlanTrace] = []
         self._sizes = {"metrics.jsonl": 0, "timings.jsonl": 0, "plans.jsonl": 0}
-        self._seconds = 0.0
+        self._seconds, self._extended = 0.0, False
         self.rollouts = Rollouts(config, self._record)
         self.config, self.worlds = self.rollouts.config, self.rollouts.worlds
         self._model_start, self._model_base = _model_counters(self.worlds), dict[str, float]()
@@ -340,6 +343,7 @@ class Trainer:
             EchelonError: no run there, damaged files, or more steps done than asked for.
         """
         config = _read_run(folder)
+        extended = steps is not None and steps != config.steps
         if steps is not None:
             config = dataclasses.replace(config, steps=steps)
         remove_leftovers(folder)
@@ -353,6 +357,7 @@ class Trainer:
             trainer.worlds.start()
         else:
             trainer._load(checkpoint)
+        trainer._extended = extended
         return trainer
 
     # -- the loop ------------------------------------------------------------------------------
@@ -375,6 +380,9 @@ class Trainer:
             EchelonError: the disk is full or can't be written; the newest checkpoint is whole.
         """
         with only_writer(self.folder):
+            if self._extended:
+                # The next resume, which isn't told the new number of steps, goes on towards it too.
+                atomic_write_text(self.folder / "config.toml", to_toml(self.config))
             logs = {name: JsonLines(self.folder / name, size) for name, size in self._sizes.items()}
             self._plans = logs["plans.jsonl"]
             try:
@@ -402,6 +410,8 @@ class Trainer:
             learnt = self.rollouts.algorithm.update(self.rollouts.buffer)
             clock.lap("update")
             self.step += per_update
+            if wrong := [f"{name} is {value}" for name, value in learnt.items() if not math.isfinite(value)]:
+                raise EchelonError(f"training diverged at step {self.step} ({wrong[0]}): lower algorithm.lr")
             metrics = self._metrics(learnt)
             logs["metrics.jsonl"].write(metrics)
             for name, value in metrics.items():
@@ -500,12 +510,25 @@ def _model_counters(worlds: TeamWorlds) -> dict[str, float]:
     return {}
 
 
-def _tensorboard(folder: Path, step: int) -> SummaryWriter:
+@contextlib.contextmanager
+def _tensorboard(folder: Path, step: int) -> Iterator[SummaryWriter]:
+    # It writes in a thread of its own, tells of a full disk at a later call or when it is closed, and the thread's
+    # end would be told as a traceback.
+    tell = threading.excepthook
+
+    def hear(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            tell(args)
+
+    threading.excepthook = hear
     try:
         # On resume, what an interrupted run wrote past its checkpoint is hidden.
-        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        with SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None) as board:
+            yield board
     except OSError as error:
-        raise explain_os_error(error, folder / "tensorboard") from error
+        raise explain_os_error(error, folder) from error
+    finally:
+        threading.excepthook = tell
 
 
 def _versions() -> dict[str, str]:

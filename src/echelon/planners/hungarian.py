@@ -9,17 +9,24 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from echelon.envs.base import SubgoalKind
 from echelon.envs.kernels import UNREACHABLE
 from echelon.planners.base import StatelessPlanner
 from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest
 
 __all__ = ["Hungarian", "assign"]
 
+_TOOL = int(SubgoalKind.TOOL)
+# A tool is fetched for a task of its own: whoever can finish one now does, else agents run from rack to rack.
+_LATER = 1 << 20
 _NEVER = 1 << 40  # the cost of what can't be: an unreachable task, or waiting when there is something to do
 
 
 class Hungarian(StatelessPlanner):
-    """Gives the agents that need a subgoal the set of distinct tasks with the least total path length."""
+    """Gives the agents that need a subgoal the set of distinct tasks with the least total path length.
+
+    As many agents as possible get a task; one that can be finished now goes before fetching a tool.
+    """
 
     name = "hungarian"
     needs_distance = True
@@ -101,6 +108,8 @@ def _assign_all(need, kind, task, distance, taken, choice):  # type: ignore[no-u
                 if k <= 0 or d >= UNREACHABLE or (t >= 0 and taken[i, t]):
                     continue
                 column = t if t >= 0 and EXCLUSIVE[k] else tasks + r
+                if k == _TOOL:
+                    d += _LATER
                 if d < cost[r, column]:
                     cost[r, column], pick[r, column] = d, c
         column = assign(cost)
