@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -128,7 +130,11 @@ MISTAKES = {
     "command": (["trian"], "unknown command 'trian': did you mean 'train'?"),
     "flag": (["train", "--step", "5"], "--steps"),
     "env-flag": (["train", "--env.sise", "8"], "--env.size"),
-    "no-value": (["train", "--steps"], "--steps"),
+    "no-value": (
+        ["train", "--steps"],
+        "Missing value for argument '--steps'. Expected 1 values. (echelon",
+    ),
+    "stray": (["train", "extra"], "Unrecognized options: extra (echelon train --help)"),
     "no-number": (["train", "--steps", "many"], "many"),
     "method": (["train", "--method", "l2m"], "unknown method 'l2m': did you mean 'l2m2'?"),
     "env": (["train", "--env", "warehose"], "unknown environment 'warehose': did you mean 'warehouse'?"),
@@ -144,7 +150,7 @@ MISTAKES = {
     "compare-too-full": (["compare", "--methods", "llm-only", "--env.size", "5"], "free cells"),
     "compare-method": (["compare", "--methods", "rule-goals", "flat"], "unknown method 'flat'"),
     "compare-episodes": (["compare", "--eval-episodes", "0"], "--eval-episodes is 0: it must be at least 1"),
-    "literal": (["train", "--env.layout", "shelfs"], "shelves"),
+    "literal": (["train", "--env.layout", "shelfs"], "'--env.layout'. Expected one of ('shelves', 'random', 'open')"),
     "range": (["train", "--algorithm.gamma", "1.5"], "algorithm.gamma is 1.5: it must be 0 to 1"),
     "steps": (["train", "--steps", "0"], "steps is 0: it must be at least 1"),
     "episodes": (["train", "--eval-episodes", "-1"], "--eval-episodes is -1"),
@@ -175,17 +181,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake: str, capsys: pytest.C
 
 def test_a_map_whose_tasks_can_not_be_reached_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The mark is named with its row and column."""
-    rows = [
-        "A....@P.",
-        ".....@..",
-        ".....@..",
-        "Z....@..",
-        *["........"] * 0,
-        ".....@..",
-        ".....@..",
-        ".....@..",
-        ".....@..",
-    ]
+    rows = ["A....@P.", ".....@..", ".....@..", "Z....@..", *[".....@.."] * 4]
     Path("cut.map").write_text("type octile\nheight 8\nwidth 8\nmap\n" + "\n".join(rows) + "\n")
     line = complaint(["train", "--method", "rule-goals", *TINY, "--env.map", "cut.map"], capsys)
     assert "the cell 'P' at row 1, column 7 can't be reached" in line
@@ -223,6 +219,18 @@ def test_a_folder_with_a_run_is_never_written_over(trained: Path, capsys: pytest
     line = complaint(["train", "--method", "rule-goals", *TINY, "--out", str(trained)], capsys)
     assert "holds a run already: go on with --resume" in line
     assert before == {name: (trained / name).read_bytes() for name in files(trained)}
+
+
+@pytest.mark.parametrize(("encoding", "columns"), [("utf-8", "30"), ("ascii", "45"), ("ascii", "200")])
+def test_the_line_is_whole_on_any_terminal(
+    encoding: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the terminal draws and wraps its boxes, the line says all and only what is wrong."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["train", "--env.layout", "shelfs"]) == 2
+    line = "invalid choice 'shelfs' for argument '--env.layout'. Expected one of ('shelves', 'random', 'open')."
+    assert capsys.readouterr().err == f"echelon: {line} (echelon train --help)\n"
 
 
 # -- training ----------------------------------------------------------------------------------
@@ -431,6 +439,14 @@ def test_plan_prints_one_plan(tiny_model: str, capsys: pytest.CaptureFixture[str
     assert "planner hungarian" in capsys.readouterr().out
 
 
+def test_a_terminal_without_unicode_gets_question_marks(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't be shown is replaced; the rest is told."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["plan", *WORLD, "--model", tiny_model, "--threads", "1"]) == 0
+    assert "? 0." in out.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
 def test_bench_measures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rates, and where training's time goes."""
     speed = echelon.evaluation.speed.env_speed  # type: ignore[attr-defined]
@@ -513,7 +529,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(number: int, status: 
     process = start("train", *LONG, "--steps", "6400000", "--out", "run")
     until(lambda: lines_of(Path("run/metrics.jsonl")) >= 3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in err and "stopping at the next safe point (again: at once)" in err
     step = int(
@@ -551,6 +567,21 @@ def test_a_second_ctrl_c_stops_at_once(place: Path) -> None:
     assert process.returncode == 130 and err == "echelon: stopped\n"
     assert time.monotonic() - begun < 10
     assert checkpoints_of(Path("run/checkpoints")) == []
+
+
+def test_a_full_disk_ends_training_with_one_line(trained: Path, place: Path) -> None:
+    """No traceback, not even from the thread that writes TensorBoard's events; with room, the run goes on."""
+
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+
+    process = start("train", *LONG, "--steps", "2560", "--out", "run", preexec_fn=little_room)
+    out, err = process.communicate(timeout=60)
+    first, second = err.splitlines()
+    assert (process.returncode, out) == (2, "") and first.startswith("rule-goals in run, 0 of")
+    assert second.startswith("echelon: could not write run") and second.endswith("File too large")
+    assert main(["train", "--resume", "run", "--eval-episodes", "0"]) == 0
+    assert lines_of(Path("run/metrics.jsonl")) == 40
 
 
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["models", "list"]])

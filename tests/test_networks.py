@@ -57,6 +57,7 @@ def test_forward_and_backward_are_those_of_autograd(sizes: tuple[int, ...]) -> N
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     (wanted * weights).sum().backward()  # type: ignore[no-untyped-call]
     net.backward(kept, weights)
+    net.collect()
     assert net.flat.grad is not None
     torch.testing.assert_close(net.flat.grad, flat_grad(params), rtol=1e-4, atol=1e-4)
     assert net.flat.grad.abs().sum() > 1
@@ -74,6 +75,7 @@ def test_bfloat16_is_close() -> None:
     torch.testing.assert_close(out, wanted, rtol=0.05, atol=0.05)
     (wanted * weights).sum().backward()  # type: ignore[no-untyped-call]
     net.backward(kept, weights)
+    net.collect()
     assert net.flat.grad is not None
     assert net.flat.grad.dtype == torch.float32
     exact = flat_grad(params)
@@ -81,20 +83,56 @@ def test_bfloat16_is_close() -> None:
     assert (net.flat.grad - exact).norm() < 0.03 * exact.norm()
 
 
-def test_gradients_add_up_until_they_are_cleared() -> None:
+def test_the_gradients_of_all_lanes_are_collected_once() -> None:
     net = mlp()
     x = torch.randn(11, 6, generator=torch.Generator().manual_seed(5))
     g = torch.randn(11, 3, generator=torch.Generator().manual_seed(6))
     _, kept = net.forward(x)
+    net.backward(kept, g)
+    net.collect()
     assert net.flat.grad is not None
-    net.backward(kept, g)
     once = net.flat.grad.clone()
-    net.backward(kept, g)
-    torch.testing.assert_close(net.flat.grad, 2 * once)
-    torch.optim.SGD(net.parameters(), 1.0).zero_grad(set_to_none=False)
+    for lane in range(Lanes.COUNT):
+        _, kept = net.forward(x, lane)
+        net.backward(kept, g, lane)
+    net.backward(kept, g, Lanes.COUNT - 1)
+    net.collect()
+    torch.testing.assert_close(net.flat.grad, (Lanes.COUNT + 1) * once)
+    net.collect()
     assert not net.flat.grad.any()
-    net.backward(kept, g)
-    torch.testing.assert_close(net.flat.grad, once)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4, 9])
+def test_threads_do_not_change_one_bit(threads: int) -> None:
+    x = torch.randn(5000, 6, generator=torch.Generator().manual_seed(5))
+    g = torch.randn(5000, 3, generator=torch.Generator().manual_seed(6))
+    found = []
+    for lanes in (Lanes(1), Lanes(threads)):
+        net = mlp()
+
+        def work(lane: int, piece: slice, net: MLP = net) -> Tensor:
+            out, kept = net.forward(x[piece], lane)
+            net.backward(kept, g[piece], lane)
+            return out
+
+        pieces = lanes.cut(len(x))
+        assert len(pieces) == Lanes.COUNT
+        outs = torch.cat(lanes.run(work, pieces))
+        net.collect()
+        found.append((outs, net.flat.grad.clone()))  # type: ignore[union-attr]
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_lanes_cut_every_row_once_and_pass_errors_on() -> None:
+    for rows in (1, 7, 1024, 2048, 5001):
+        assert [i for s in Lanes(2).cut(rows) for i in range(rows)[s]] == list(range(rows))
+
+    def fail(lane: int, piece: slice) -> None:
+        raise ValueError(f"lane {lane}")
+
+    with pytest.raises(ValueError, match="lane"):
+        Lanes(2).run(fail, Lanes(2).cut(5000))
 
 
 def test_the_flat_parameter_is_the_weights() -> None:
@@ -104,10 +142,10 @@ def test_the_flat_parameter_is_the_weights() -> None:
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     losses = []
     for _ in range(30):
-        optimizer.zero_grad(set_to_none=False)
         out, kept = net.forward(x)
         losses.append(float((out**2).mean()))
         net.backward(kept, 2 * out / out.numel())
+        net.collect()
         optimizer.step()
     assert losses[-1] < 0.2 * losses[0]
 
@@ -123,6 +161,8 @@ def test_the_input_scale_is_folded_in() -> None:
     g = torch.ones(8, 3)
     scaled.backward(kept, g)
     plain.backward(wanted_kept, g)
+    scaled.collect()
+    plain.collect()
     torch.testing.assert_close(scaled.flat.grad, plain.flat.grad, rtol=1e-4, atol=1e-4)
 
 

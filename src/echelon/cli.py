@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 import time
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by Ctrl-C (SIGTERM).
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without Unicode gets question marks, not a traceback.
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             status = _run(args)
@@ -332,7 +336,7 @@ def _compare_one(
             return dict(result)
     costs: dict[str, float] = {}
     if method(run.method).learns:
-        trainer = Trainer.resume(folder) if config.exists() else Trainer(run, folder)
+        trainer = Trainer.resume(folder, steps=run.steps) if config.exists() else Trainer(run, folder)
         if not trainer.run(lambda p: watch.training(run.method, p), stopper):
             return None
         watch.end(run.method)
@@ -343,8 +347,13 @@ def _compare_one(
 
 
 def _same_run(old: RunConfig, new: RunConfig) -> bool:
-    # A run settles its own number of threads.
-    return dataclasses.replace(old, threads=None) == dataclasses.replace(new, threads=None)
+    from echelon.training import settled
+
+    # Threads change the speed alone, steps how long it goes on.
+    def plain(run: RunConfig) -> RunConfig:
+        return dataclasses.replace(settled(run), threads=None, steps=1)
+
+    return plain(old) == plain(new)
 
 
 def _trained(folder: Path, run: RunConfig) -> bool:

@@ -49,7 +49,8 @@ class RunConfig:
     checkpoint_every: int = 250_000
     """Environment steps between checkpoints."""
     threads: int | None = None
-    """Processor threads to compute with; default: all cores. Results are bit-identical for equal threads."""
+    """Processor threads to compute with; default: all cores. Results don't depend on it (with algorithm.recurrent
+    they do)."""
     subgoals: SubgoalConfig = field(default_factory=SubgoalConfig)
     """When agents get new subgoals, and what they are worth."""
     algorithm: MAPPOConfig = field(default_factory=MAPPOConfig)

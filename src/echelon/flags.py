@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,14 +36,19 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
 
 
 def _one_line(text: str, command: str) -> str:
-    """What a box of tyro's says is wrong: the words between its title and its first rule, and the nearest flag."""
+    """What a box of tyro's says is wrong: the words between its title and the next rule, and the nearest flag."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| \t") for line in text.splitlines()]
     lines = [line for line in lines if line]
-    rules = [i for i, line in enumerate(lines) if i and not line.strip("╭╰╮╯─+- ")]
-    body = " ".join(lines[1 : rules[0] if rules else None])
-    near = next((line.split()[0] for i, line in enumerate(lines) if i and lines[i - 1] == "Perhaps you meant:"), "")
-    hint = f"; did you mean {near.rstrip(',')}?" if near else ""
+    # The title is the first line; without Unicode it has a rule of its own below it.
+    rest = lines[2:] if lines[1:] and _is_rule(lines[1]) else lines[1:]
+    body = " ".join(itertools.takewhile(lambda line: not _is_rule(line), rest))
+    near = next((b.split()[0].rstrip(",") for a, b in itertools.pairwise(lines) if a == "Perhaps you meant:"), "")
+    hint = f"; did you mean {near}?" if near else ""
     return f"{body or 'the flags can not be read'}{hint} (echelon {command} --help)"
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("╭╰╮╯─+-")
 
 
 def _take(args: list[str], flag: str) -> str | None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -44,6 +44,7 @@ from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor
 from echelon.llm.choice import CausalChoiceModel
 from echelon.methods import method
+from echelon.networks import Precision, resolve_precision
 from echelon.planners import Planner, make_rule_planner
 from echelon.planners.llm import LLMPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
@@ -71,8 +72,22 @@ def model_of(spec: str) -> CausalChoiceModel:
         EchelonError: it isn't known, isn't fetched or is damaged.
     """
     if spec not in _models:
-        _models[spec] = CausalChoiceModel.load(spec)
+        _models[spec] = CausalChoiceModel.load(spec, threads=os.cpu_count())
     return _models[spec]
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The config with everything decided that depends on the machine and on which the results depend."""
+    precision = str(resolve_precision(config.algorithm.precision)).removeprefix("torch.")
+    algorithm = dataclasses.replace(config.algorithm, precision=cast(Precision, precision))
+    # The recurrent actor's sums in parallel depend on the number of threads; all others' don't.
+    threads = (config.threads or os.cpu_count() or 1) if algorithm.recurrent else config.threads
+    return dataclasses.replace(config, algorithm=algorithm, threads=threads)
+
+
+def use_threads(config: RunConfig) -> None:
+    """Let torch use one thread of its own, since networks are computed in lanes; a recurrent actor needs them."""
+    torch.set_num_threads((config.threads or os.cpu_count() or 1) if config.algorithm.recurrent else 1)
 
 
 def build_planner(spec: str, config: RunConfig) -> Planner:
@@ -141,6 +156,7 @@ def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> MAPPO:
         num_actions=env.num_actions,
         team_reward=worlds.team_reward,
         seed=config.seed,
+        threads=config.threads or os.cpu_count() or 1,
     )
 
 
@@ -252,9 +268,8 @@ class Rollouts:
         """
         if not method(config.method).learns:
             raise EchelonError(f"method {config.method} has nothing to train: use echelon evaluate or compare")
-        # Sums in parallel depend on the number of threads, so it belongs to the run.
-        self.config = dataclasses.replace(config, threads=config.threads or os.cpu_count() or 1)
-        torch.set_num_threads(self.config.threads or 1)
+        self.config = config = settled(config)
+        use_threads(config)
         self.worlds = build_worlds(config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=on_plan)
         self.algorithm = build_algorithm(config, self.worlds)
         env = self.worlds.env

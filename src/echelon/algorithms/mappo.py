@@ -20,6 +20,7 @@ from echelon.buffers import RolloutBuffer
 from echelon.errors import EchelonError
 from echelon.networks import (
     MLP,
+    Lanes,
     Precision,
     RecurrentMLP,
     ValueNorm,
@@ -94,6 +95,7 @@ class MAPPO:
         num_actions: int,
         team_reward: bool,
         seed: int,
+        threads: int = 1,
     ) -> None:
         """Fresh networks.
 
@@ -105,6 +107,7 @@ class MAPPO:
             num_actions: primitive moves.
             team_reward: whether all agents of a team get the same reward.
             seed: root seed of initial weights, actions and minibatches.
+            threads: how many threads to compute with; they don't change the result.
         """
         self.config = config
         self.shape = (num_envs, num_agents)
@@ -125,6 +128,7 @@ class MAPPO:
             torch.optim.Adam(params, lr=config.lr, eps=1e-5, fused=True)
             for params in (self.actor_params, self.critic.parameters())
         ]
+        self.lanes = Lanes(threads)
         self.value_norm = ValueNorm()
         self.keys, self.counters = spawn_keys(seed, (3,), num_envs), np.zeros(num_envs, np.uint64)
         self._shuffle_key = int(spawn_keys(seed, (4,), 1)[0])
@@ -155,7 +159,7 @@ class MAPPO:
                 out, self.hidden = self.actor.forward(x[None], self.hidden, first[None])
             logits = out[0]
         else:
-            logits, _ = self.actor.forward(x)
+            logits = self._forward(self.actor, x)
         actions, logp = np.empty((W, A), np.int8), np.empty((W, A), np.float32)
         sample_actions(logits.view(W, A, -1).numpy(), mask, self.keys, self.counters, greedy, actions, logp)
         return actions, logp
@@ -204,40 +208,66 @@ class MAPPO:
         self, buffer: RolloutBuffer, rows: Tensor, worlds: Tensor, advantages: NDArray[np.float32]
     ) -> NDArray[np.float64]:
         """One step of the actor on the (step, world) pairs `rows`; loss, entropy, KL, clipped share."""
-        T, A = buffer.steps, self.shape[1]
-        obs = _take(buffer.obs[:T], rows).view(len(rows) * A, -1)
-        if isinstance(self.actor, RecurrentMLP):
+        T, A, c = buffer.steps, self.shape[1], self.config
+        actor = self.actor
+
+        def push(out: Tensor, part: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
+            """The gradient in the logits `out` of the pairs `part`, and the statistics, both as shares of the whole."""
+            mask, actions, logp, weights = (
+                _take(x, part).flatten(0, 1).numpy() for x in (buffer.mask, buffer.actions, buffer.logp, advantages)
+            )
+            logits = out.detach().numpy()
+            grad = np.empty_like(logits)
+            stats = ppo_policy_gradient(logits, mask, actions, logp, weights, c.clip, c.entropy, grad)
+            share = len(part) / len(rows)
+            return torch.from_numpy(grad).mul_(share), np.array(stats) * share
+
+        if isinstance(actor, RecurrentMLP):
+            obs = _take(buffer.obs[:T], rows).view(T, len(worlds) * A, -1)
             start = self._hidden_start.view(*self.shape, -1)[worlds].flatten(0, 1)
             begins = torch.from_numpy(buffer.begins[:T])[:, worlds].repeat_interleave(A, 1)
-            out, _ = self.actor.forward(obs.view(T, len(worlds) * A, -1), start, begins)
+            out, _ = actor.forward(obs, start, begins)
             out = out.flatten(0, 1)
+            grad, total = push(out, rows)
+            self.optimizers[0].zero_grad(set_to_none=False)
+            out.backward(grad)  # type: ignore[no-untyped-call]
         else:
-            out, kept = self.actor.forward(obs)
-        mask, actions, logp, weights = (
-            _take(x, rows).flatten(0, 1).numpy() for x in (buffer.mask, buffer.actions, buffer.logp, advantages)
-        )
-        logits = out.detach().numpy()
-        grad = np.empty_like(logits)
-        stats = ppo_policy_gradient(logits, mask, actions, logp, weights, self.config.clip, self.config.entropy, grad)
-        self.optimizers[0].zero_grad(set_to_none=False)
-        if isinstance(self.actor, RecurrentMLP):
-            out.backward(torch.from_numpy(grad))  # type: ignore[no-untyped-call]
-        else:
-            self.actor.backward(kept, torch.from_numpy(grad))
+
+            def work(lane: int, piece: slice) -> NDArray[np.float64]:
+                part = rows[piece]
+                out, kept = actor.forward(_take(buffer.obs[:T], part).view(len(part) * A, -1), lane)
+                grad, stats = push(out, part)
+                actor.backward(kept, grad, lane)
+                return stats
+
+            total = sum(self.lanes.run(work, self.lanes.cut(len(rows))), np.zeros(4))
+            actor.collect()
         self._step(0, self.actor_params)
-        return np.array(stats)
+        return total
 
     def _critic_step(self, buffer: RolloutBuffer, rows: Tensor, targets: Tensor) -> float:
         """One step of the critic on the (step, world) pairs `rows`: Huber loss (delta 10) on normalised returns."""
         T = buffer.steps
-        out, kept = self.critic.forward(self._critic_input(_take(buffer.obs[:T], rows), _take(buffer.state[:T], rows)))
-        target = targets.flatten(0, 1)[rows]
-        target = target.mean(1) if self.team_critic else target.view(-1)
-        error = out.view(-1) - target
-        self.optimizers[1].zero_grad(set_to_none=False)
-        self.critic.backward(kept, (error.clamp(-10, 10) / len(error))[:, None])
+
+        def work(lane: int, piece: slice) -> float:
+            part = rows[piece]
+            inputs = self._critic_input(_take(buffer.obs[:T], part), _take(buffer.state[:T], part))
+            out, kept = self.critic.forward(inputs, lane)
+            target = targets.flatten(0, 1)[part]
+            target = target.mean(1) if self.team_critic else target.view(-1)
+            error = out.view(-1) - target
+            share = len(part) / len(rows)
+            self.critic.backward(kept, (error.clamp(-10, 10) * (share / len(error)))[:, None], lane)
+            return share * float(torch.nn.functional.huber_loss(error, torch.zeros_like(error), delta=10.0))
+
+        loss = sum(self.lanes.run(work, self.lanes.cut(len(rows))))
+        self.critic.collect()
         self._step(1, self.critic.parameters())
-        return float(torch.nn.functional.huber_loss(error, torch.zeros_like(error), delta=10.0))
+        return loss
+
+    def _forward(self, net: MLP, x: Tensor) -> Tensor:
+        """The outputs of `net` for the rows of `x`, computed in lanes."""
+        return torch.cat(self.lanes.run(lambda lane, piece: net.forward(x[piece], lane)[0], self.lanes.cut(len(x))))
 
     def _step(self, which: int, params: list[torch.nn.Parameter]) -> None:
         torch.nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
@@ -253,14 +283,19 @@ class MAPPO:
     def _value(self, obs: NDArray[np.int8], state: NDArray[np.int8]) -> NDArray[np.float32]:
         """Unnormalised values, float32 `(n, A)`, of obs `(n, A, D)` and state `(n, S)`."""
         mean, std = self.value_norm.moments()
-        out = []
-        # In pieces that stay in the cache.
-        for o, s in zip(
-            torch.split(torch.from_numpy(obs), 2048), torch.split(torch.from_numpy(state), 2048), strict=True
-        ):
-            value, _ = self.critic.forward(self._critic_input(o, s))
-            out.append(value.view(len(o), -1).expand(len(o), self.shape[1]))
-        return (torch.cat(out) * std + mean).numpy()
+
+        def work(lane: int, piece: slice) -> Tensor:
+            out = []
+            # In pieces that stay in the cache.
+            for at in range(piece.start, piece.stop, 2048):
+                some = slice(at, min(at + 2048, piece.stop))
+                inputs = self._critic_input(torch.from_numpy(obs[some]), torch.from_numpy(state[some]))
+                value, _ = self.critic.forward(inputs, lane)
+                out.append(value.view(some.stop - at, -1).expand(-1, self.shape[1]))
+            return torch.cat(out)
+
+        values = torch.cat(self.lanes.run(work, self.lanes.cut(len(obs))))
+        return (values * std + mean).numpy()
 
     def _values(self, buffer: RolloutBuffer) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Values of each state and of each true next state, float32 `(T, W, A)`."""

@@ -16,7 +16,7 @@ from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.methods import method
 from echelon.rollout import PlanTrace, TeamWorlds
-from echelon.training import build_executor, build_worlds, model_of
+from echelon.training import build_executor, build_worlds, model_of, use_threads
 
 __all__ = ["EVALUATION_SEED", "EpisodeResults", "evaluate"]
 
@@ -99,8 +99,7 @@ def evaluate(
         if on_plan is not None and trace.note.get("model"):
             on_plan(trace)
 
-    threads = config.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
+    use_threads(config)
     worlds = build_worlds(
         config, num_envs=episodes, seed=seed, training=False,
         on_plan=heard if recorder is not None or on_plan is not None else None, trace_all=recorder is not None,
