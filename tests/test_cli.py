@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import echelon
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.cli import main
 from echelon.configs import read_toml
-from echelon.console import Stopper, Watch, results_rows
+from echelon.console import Watch, results_rows
 from echelon.reports.replay import load_replay
 from echelon.training import Progress
 from tiny_model import make_tiny_model
@@ -364,17 +365,17 @@ def test_compare_goes_on_and_repeats_nothing(
 ) -> None:
     """Stopped in its second method and run again, it trains only what is left, and gives one table."""
     command = ["compare", "--methods", "rule-goals", "flat-mappo", *TINY, "--eval-episodes", "5", "--out", "both"]
-    stops: list[Stopper] = []
+    stops: list[int] = []
 
     def training(self: Watch, what: str, progress: Progress) -> None:
         if what == "flat-mappo" and progress.step == 128:
             os.kill(os.getpid(), signal.SIGINT)
-            stops.append(Stopper())
+            stops.append(progress.step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Watch, "training", training)
         assert main(command) == 128 + signal.SIGINT
-    assert len(stops) == 1 and "the same command goes on where it stopped (both)" in capsys.readouterr().err
+    assert stops == [128] and "the same command goes on where it stopped (both)" in capsys.readouterr().err
     assert not Path("both/results.json").exists()
     assert [p.name for p in checkpoints_of(Path("both/flat-mappo/checkpoints"))] == ["step-000000000128"]
     first = {name: (Path("both/rule-goals") / name).read_bytes() for name in files(Path("both/rule-goals"))}
@@ -422,7 +423,8 @@ def test_compare_takes_methods_that_do_not_learn(tiny_model: str, place: Path) -
     assert main(arguments) == 0
     results = json.loads(Path("runs/compare/results.json").read_text())
     assert set(results) == {"llm-only", "llm-untrained"} and "training_seconds" not in results["llm-only"]
-    assert results_rows(results)[1][0][4] == "-"
+    header, rows = results_rows(results)
+    assert [row[header.index("training")] for row in rows] == ["-", "-"]
 
 
 # -- plan, bench, check-env, models ------------------------------------------------------------
@@ -497,12 +499,16 @@ def test_without_a_network_the_first_use_of_a_model_is_one_line(capsys: pytest.C
 # -- signals and pipes: real processes ---------------------------------------------------------
 
 
+def surroundings() -> dict[str, str]:
+    """A user's environment variables, whatever those of the tests are."""
+    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path(echelon.__file__).parents[1])}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | own
+
+
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """A real `echelon` process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    environment["PYTHONPATH"] = str(Path(echelon.__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, "-m", "echelon", *arguments], env=environment, text=True, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "echelon", *arguments], env=surroundings(), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
@@ -589,10 +595,9 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
     """`echelon … | head`: no traceback, no complaint."""
     read, write = os.pipe()
     os.close(read)
-    environment = {**os.environ, "PYTHONPATH": str(Path(echelon.__file__).parents[1])}
     process = subprocess.run(
-        [sys.executable, "-m", "echelon", *arguments], env=environment, stdout=write, stderr=subprocess.PIPE, text=True,
-        timeout=60, check=False,
+        [sys.executable, "-m", "echelon", *arguments], env=surroundings(), stdout=write, stderr=subprocess.PIPE,
+        text=True, timeout=60, check=False,
     )  # fmt: skip
     os.close(write)
     assert (process.returncode, process.stderr) == (0, "")
@@ -616,3 +621,17 @@ def test_without_a_terminal_there_is_a_plain_line_a_minute(
     lines = " ".join(capsys.readouterr().err.split())
     wanted = "l2m2: 1,061 of 5,000 1,234 steps/s TSR 0.50 [step 25% update 75%]"
     assert lines == f"{wanted} {wanted.replace('1,061', '1,122')}"
+
+
+def test_on_a_terminal_there_is_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows the same: how far, how fast, how well, and where the time goes."""
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=160, color_system=None)
+    monkeypatch.setattr("echelon.console.console", terminal)
+    watch = Watch()
+    with watch:
+        watch.training("l2m2", Progress(1000, 4000, {"tsr": None}, 1234.0, {"step": 0.25, "update": 0.75}))
+        watch._bars.refresh()
+        watch.end("l2m2")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert re.search(r"l2m2 .* 25%\s+1,234 steps/s +TSR  -   +\[step 25% update 75%\]", text)

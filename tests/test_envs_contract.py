@@ -213,7 +213,8 @@ def test_open_subgoals_follow_status_and_holder():
         kinds, tasks = np.full((1, 2), kind, np.int8), np.full((1, 2), task, np.int16)
         return env.subgoals_open(kinds, tasks, np.zeros((1, 2), bool))[0].tolist()
 
-    assert is_open(SubgoalKind.FETCH, 0) == [True, True]
+    # Agent 0 carries package 1 and has no hand free.
+    assert is_open(SubgoalKind.FETCH, 0) == [False, True]
     assert is_open(SubgoalKind.FETCH, 1) == is_open(SubgoalKind.FETCH, 2) == [False, False]
     assert is_open(SubgoalKind.DELIVER, 1) == [True, False]
     assert is_open(SubgoalKind.DELIVER, 0) == is_open(SubgoalKind.DELIVER, 2) == [False, False]

@@ -27,7 +27,7 @@ LAYERS = [
     {"__main__"},
 ]
 SHARED = {
-    "envs": {"base", "kernels", "maps"},
+    "envs": {"base", "kernels", "maps", "scenes"},
     "planners": {"base"},
     "algorithms": set(),
 }

@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from echelon import networks
-from echelon.networks import MLP, RecurrentMLP, ValueNorm, ppo_policy_gradient, resolve_precision, sample_actions
+from echelon.networks import MLP, Lanes, RecurrentMLP, ValueNorm, ppo_policy_gradient, resolve_precision, sample_actions
 from echelon.rng import below, mix, spawn_keys, uniform
 
 Array = NDArray[np.float32]

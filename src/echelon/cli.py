@@ -200,7 +200,8 @@ def _default_folder(run: RunConfig) -> Path:
 
 def _evaluate_run(
     run: RunConfig, folder: Path, episodes: int, record: int, watch: Any, stopper: Callable[[], bool],
-    *, greedy: bool = False, seed: int | None = None, name: str = "evaluation", costs: dict[str, float] | None = None,
+    *, greedy: bool = False, seed: int | None = None, name: str = "evaluation",
+    costs: dict[str, float | None] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Evaluate what is in a run's folder; writes `<name>.json` (with the training's `costs`) and a replay there."""
     from echelon.evaluation import evaluate
@@ -334,7 +335,7 @@ def _compare_one(
         result = read_json(done, "evaluation")
         if result.get("episodes") == flags.eval_episodes and _trained(folder, run):
             return dict(result)
-    costs: dict[str, float] = {}
+    costs: dict[str, float | None] = {}
     if method(run.method).learns:
         trainer = Trainer.resume(folder, steps=run.steps) if config.exists() else Trainer(run, folder)
         if not trainer.run(lambda p: watch.training(run.method, p), stopper):

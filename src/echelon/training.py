@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import platform
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +74,8 @@ def model_of(spec: str) -> CausalChoiceModel:
         EchelonError: it isn't known, isn't fetched or is damaged.
     """
     if spec not in _models:
-        _models[spec] = CausalChoiceModel.load(spec, threads=os.cpu_count())
+        # One thread: small batches gain little from a second, and lose tenfold where another program wants it.
+        _models[spec] = CausalChoiceModel.load(spec, threads=1)
     return _models[spec]
 
 
@@ -191,8 +194,8 @@ def steps_done(folder: Path) -> int:
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
-def run_costs(folder: Path) -> dict[str, float]:
-    """What a run's training took: seconds, and the language model's calls and tokens."""
+def run_costs(folder: Path) -> dict[str, float | None]:
+    """What a run's training took: seconds, the language model's calls and tokens, and steps until it succeeded."""
     saved = checkpoints_of(folder / "checkpoints")
     if not saved:
         return {}
@@ -202,7 +205,24 @@ def run_costs(folder: Path) -> dict[str, float]:
         "training_seconds": progress["seconds"],
         "training_model_calls": model.get("calls", 0),
         "training_model_tokens": model.get("prompt_tokens", 0),
+        "steps_to_tsr_90": _steps_to_success(folder / "metrics.jsonl", 0.9),
     }
+
+
+def _steps_to_success(metrics: Path, level: float, episodes: int = 200) -> float | None:
+    """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded."""
+    window: deque[tuple[int, float]] = deque()
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if not entry["episodes"]:
+            continue
+        window.append((entry["episodes"], entry["episodes"] * entry["tsr"]))
+        while sum(n for n, _ in window) - window[0][0] >= episodes:
+            window.popleft()
+        count = sum(n for n, _ in window)
+        if count >= episodes and sum(won for _, won in window) >= level * count:
+            return float(entry["step"])
+    return None
 
 
 def _read_run(folder: Path) -> RunConfig:

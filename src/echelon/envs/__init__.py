@@ -17,6 +17,7 @@ from echelon.envs.base import (
     ZoneView,
 )
 from echelon.envs.checks import check_env
+from echelon.envs.plain import PlainEnv
 from echelon.envs.repair import Repair, RepairConfig
 from echelon.envs.search import Search, SearchConfig
 from echelon.envs.warehouse import Warehouse, WarehouseConfig
@@ -28,6 +29,7 @@ __all__ = [
     "Candidates",
     "GridConfig",
     "GridEnv",
+    "PlainEnv",
     "Repair",
     "RepairConfig",
     "Scene",

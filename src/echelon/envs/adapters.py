@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.envs.base import ACTIONS, GridConfig, GridEnv, Scene
+from echelon.envs.base import ACTIONS, GridConfig, GridEnv
+from echelon.envs.scenes import picture
 from echelon.errors import EchelonError
 
 try:
@@ -68,28 +69,6 @@ def _make(name: str, config: GridConfig | None, num_envs: int, seed: int, settin
     from echelon.envs import make  # not at the top: that package may import this module
 
     return make(name, config, num_envs=num_envs, seed=seed, **settings)
-
-
-def picture(scene: Scene) -> str:
-    """The scene as text, a character a cell.
-
-    `#` is a wall, `?` unseen, `+` a zone; tasks that have a cell of their own show the first letter of their
-    kind unless they are done, robots the last digit of their id.
-    """
-    rows = np.full(scene.walls.shape, ".", "<U1")
-    if any(task.goal is not None for task in scene.tasks):
-        for zone in scene.zones:
-            for cell in zone.cells:
-                rows[cell] = "+"
-    if scene.seen is not None:
-        rows[~scene.seen] = "?"
-    rows[scene.walls] = "#"
-    for task in scene.tasks:
-        if task.cell is not None and task.kind != "region" and task.status not in ("delivered", "repaired"):
-            rows[task.cell] = task.kind[0]
-    for agent in scene.agents:
-        rows[agent.cell] = str(agent.id % 10)
-    return "\n".join("".join(row) for row in rows)
 
 
 class ParallelView(ParallelEnv):  # type: ignore[misc]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from echelon.configs import RunConfig
-from echelon.envs.base import Scene
 from echelon.envs.kernels import UNREACHABLE
+from echelon.envs.scenes import picture
 from echelon.rollout import PlanTrace
 from echelon.training import build_worlds
 
-__all__ = ["draw_scene", "explain_plan"]
+__all__ = ["explain_plan"]
 
 
 def explain_plan(config: RunConfig, *, prompts: bool = True) -> str:
@@ -31,7 +31,7 @@ def explain_plan(config: RunConfig, *, prompts: bool = True) -> str:
     tracker.counters[:] = counters
     worlds.start()
     assert request.distance is not None and traces
-    out = [draw_scene(scene), "", env.describe(scene)]
+    out = [picture(scene), "", env.describe(scene)]
     trace = traces[0]
     for agent in trace.agents:
         a = agent["agent"]
@@ -55,21 +55,3 @@ def explain_plan(config: RunConfig, *, prompts: bool = True) -> str:
     out += ["", f"planner {trace.planner}, {trace.latency_ms:.1f} ms; refused: {rejected or 'nothing'}; "
             f"sent back: {tracker.counts.retried}; fallback: {tracker.counts.fallback}"]  # fmt: skip
     return "\n".join(out)
-
-
-def draw_scene(scene: Scene) -> str:
-    """A scene as text: `#` walls, `a` to `z` zones, `+` tasks that wait, digits robots, `?` unseen."""
-    rows, cols = scene.walls.shape
-    grid = [["#" if scene.walls[r, c] else "." for c in range(cols)] for r in range(rows)]
-    if scene.seen is not None:
-        for r, c in np.argwhere(~scene.seen & ~scene.walls):
-            grid[r][c] = "?"
-    for zone in scene.zones:
-        for r, c in zone.cells:
-            grid[r][c] = chr(ord("a") + zone.id % 26)
-    for task in scene.tasks:
-        if task.cell is not None and task.status not in ("delivered", "carried", "repaired", "explored"):
-            grid[task.cell[0]][task.cell[1]] = "+"
-    for agent in scene.agents:
-        grid[agent.cell[0]][agent.cell[1]] = str(agent.id % 10)
-    return "\n".join("".join(row) for row in grid)
