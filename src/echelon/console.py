@@ -129,7 +129,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
     header, rows = results_rows(results)
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+        table.add_column(name, justify="right" if i else "left", no_wrap=i < 2)
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
