@@ -343,7 +343,7 @@ def test_a_plan_is_laid_open(tiny_model: str) -> None:
     config = dataclasses.replace(RULES, method="l2m2", model=tiny_model, env=env)
     text = explain_plan(config)
     assert text.split("planner llm")[0] == explain_plan(config).split("planner llm")[0]
-    assert all(len(line) == 8 and set(line) <= set("#.ab+01") for line in text.splitlines()[:8])
+    assert all(len(line) == 8 and set(line) <= set("#.+p01") for line in text.splitlines()[:8])
     for robot in (0, 1):
         part = text.split(f"\nRobot {robot}: ")[1].split("\nRobot ")[0].split("\nplanner ")[0]
         assert ": accepted" in part.splitlines()[0]

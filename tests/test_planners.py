@@ -129,7 +129,7 @@ WORLDS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "env"), WORLDS)
-def test_hungarian_has_the_fewest_waits_then_the_least_total_path(name: str, env: dict[str, Any]) -> None:
+def test_hungarian_has_the_fewest_waits_then_tools_then_the_least_total_path(name: str, env: dict[str, Any]) -> None:
     waits = 0
     for everybody in (False, True):
         tracker = used(name, **env)
@@ -140,13 +140,20 @@ def test_hungarian_has_the_fewest_waits_then_the_least_total_path(name: str, env
         check_sound(tracker, request, plan)
         for i in range(len(request.rows)):
             team = np.flatnonzero(request.need[i])
+
+            def worth(given: Any, i: int = i, team: Any = team, request: PlanRequest = request) -> tuple[int, int, int]:
+                """Waits, tools to fetch, path length: the fewer the better, in this order."""
+                got = [(a, o) for a, o in zip(team, given, strict=True) if o]
+                tools = sum(request.candidates.kind[i, a, o[3]] == SubgoalKind.TOOL for a, o in got)
+                return sum(o is None for o in given), int(tools), sum(o[0] for _, o in got)
+
             best = min(
-                (sum(o is None for o in combination), sum(o[0] for o in combination if o))
+                worth(combination)
                 for combination in itertools.product(*([*options(request, i, a), None] for a in team))
                 if len(tasks := [o[1] for o in combination if o and o[1] >= 0]) == len(set(tasks))
             )
             got = [chosen(request, plan, i, a) for a in team]
-            assert (sum(o is None for o in got), sum(o[0] for o in got if o)) == best
+            assert worth(got) == best
             waits += best[0]
     assert waits > 0 or env.get("num_packages") != 2
 
@@ -508,3 +515,33 @@ def test_a_plan_of_choices_is_that_of_the_candidates() -> None:
     env = tracker.env
     assert plan.cell.tolist() == [[env.task_cell[0, 2], env.pos[0, 1], env.task_cell[0, 0]]]
     assert [PlanRequest.is_exclusive(k) for k in SubgoalKind] == [False, False, True, False, True, False, True, False]
+
+
+def test_a_model_without_an_answer_costs_the_fallback_and_not_the_run() -> None:
+    """It raises, gives NaN or too few scores: bad form, told in the trace, counted, and the plan is sound."""
+
+    class Broken:
+        name = "broken"
+
+        def __init__(self, answer: Callable[[Sequence[ChoicePrompt]], list[ChoiceScores]]) -> None:
+            self.score = answer
+
+    def dead(prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        raise RuntimeError("the model is gone")
+
+    def nan(prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        return [ChoiceScores(np.full(len(p.options), np.nan, np.float32), 1) for p in prompts]
+
+    def short(prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        return [ChoiceScores(np.zeros(1, np.float32), 1) for p in prompts]
+
+    for answer in (dead, nan, short, lambda prompts: []):
+        tracker = used("warehouse", size=10, num_agents=3, num_packages=5)
+        tracker.need[:] = True
+        request = ask(tracker)
+        planner = LLMPlanner(Broken(answer))
+        plan = planner.plan(request)
+        verdict = tracker.check(request, plan, request.need)
+        assert planner.failures == 1 and planner.asked > 0
+        assert (verdict == Verdict.FORM).sum() == planner.asked
+        assert any("error" in told for note in plan.notes or [] for told in note["agents"].values())
