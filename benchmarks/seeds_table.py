@@ -16,7 +16,7 @@ from echelon.evaluation import mean_interval
 
 def cell(values: Iterable[float | None], digits: int) -> str:
     """Mean ± half the interval of what is there, with how many seeds are missing."""
-    found = [v for v in values]
+    found = list(values)
     known = [v for v in found if v is not None]
     interval = mean_interval(known)
     if interval is None:

@@ -245,8 +245,8 @@ def test_an_executors_reward_is_the_stated_mix(task_weight: float, intrinsic_wei
         own = intrinsic_weight * tracker.reward + task_weight * env.reward[:, None] - cost * env.bumped
         np.testing.assert_allclose(worlds.reward, own, rtol=1e-5, atol=1e-6)
         now = tracker.outcome == 1
-        # A subgoal that was reached ends an executor's task, unless the task reward goes on beyond it.
-        np.testing.assert_array_equal(worlds.cut, now & (task_weight == 0))
+        # A subgoal that is over ends an executor's task, unless the task reward goes on beyond it.
+        np.testing.assert_array_equal(worlds.cut, (tracker.outcome != 0) & (task_weight == 0))
         reached, delivered, bumped = reached + now.sum(), delivered + env.reward.sum(), bumped + env.bumped.sum()
         worlds.settle()
     assert reached > 20

@@ -673,3 +673,22 @@ def test_wrong_settings_get_one_line(text: str, line: str, tmp_path: Path, monke
     with pytest.raises(EchelonError, match=line) as caught:
         read_toml(Path("run.toml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_finished_run_whose_steps_are_no_whole_rollouts_can_be_resumed(tmp_path: Path) -> None:
+    """It has done a little more than it was asked for; resuming it is done at once, asking for less is refused."""
+    config = run_config(steps=UPDATE + 1)
+    Trainer(config, tmp_path / "run").run()
+    again = Trainer.resume(tmp_path / "run")
+    assert again.step > config.steps and again.run()
+    with pytest.raises(EchelonError, match="steps already"):
+        Trainer.resume(tmp_path / "run", steps=1)
+
+
+def test_a_config_that_is_not_its_checkpoints_is_refused(tmp_path: Path) -> None:
+    """Editing the config of a run that has begun gives one line that names the change."""
+    Trainer(run_config(), tmp_path / "run").run()
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("gamma = 0.99", "gamma = 0.9"))
+    with pytest.raises(EchelonError, match=r"gamma = 0\.99 became gamma = 0\.9"):
+        Trainer.resume(tmp_path / "run")

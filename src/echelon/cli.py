@@ -15,11 +15,11 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import echelon
-from echelon._files import atomic_write_json, atomic_write_text
-from echelon.configs import RunConfig, read_toml
+from echelon._files import atomic_write_text
+from echelon.configs import RunConfig
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
-from echelon.flags import parse, run_flags, run_folder
+from echelon.flags import env_flags, parse, run_flags, run_folder
 from echelon.methods import method, methods
 
 __all__ = ["main"]
@@ -155,6 +155,8 @@ class _TrainFlags:
 
 def _train(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_table
+    from echelon.evaluation.comparison import evaluate_run, finished_evaluation
+    from echelon.reports.replay import write_replay
     from echelon.training import Trainer
 
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
@@ -181,7 +183,14 @@ def _train(args: list[str]) -> int:
         finished = trainer.run(lambda p: watch.training(run.method, p), stopper)
         watch.end(run.method)
         if finished and flags.eval_episodes and not stopper():
-            result = _evaluate_run(trainer.config, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper)
+            run, label = trainer.config, f"evaluating {run.method}"
+            # A run that was finished before has often been evaluated too.
+            result = finished_evaluation(run, folder, episodes=flags.eval_episodes) or evaluate_run(
+                run, folder, episodes=flags.eval_episodes, record=flags.replay_episodes,
+                report=lambda done, total: watch.show(label, done, total, "episodes"), should_stop=stopper,
+                write_replay=write_replay,
+            )  # fmt: skip
+            watch.end(label)
             if result is not None:
                 results_table({run.method: result}, f"{run.method}, seed {run.seed}, {run.steps:,} steps")
     if stopper():
@@ -196,33 +205,6 @@ def _default_folder(run: RunConfig) -> Path:
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{run.method}-{env_name(run.env)}-{run.env.size}-seed{run.seed}-{stamp}"
-
-
-def _evaluate_run(
-    run: RunConfig, folder: Path, episodes: int, record: int, watch: Any, stopper: Callable[[], bool],
-    *, greedy: bool = False, seed: int | None = None, name: str = "evaluation",
-    costs: dict[str, float | None] | None = None,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Evaluate what is in a run's folder; writes `<name>.json` (with the training's `costs`) and a replay there."""
-    from echelon.evaluation import evaluate
-    from echelon.reports.replay import write_replay
-    from echelon.training import load_policy
-
-    policy = load_policy(folder)[1] if method(run.method).learns else None
-    label = f"evaluating {run.method}"
-    result = evaluate(
-        run, policy, episodes=episodes, seed=seed, greedy=greedy, record=min(record, episodes),
-        report=lambda done, total: watch.show(label, done, total, "episodes"), should_stop=stopper,
-    )  # fmt: skip
-    watch.end(label)
-    if result is None:
-        return None
-    summary = result.summary() | (costs or {})
-    if result.replay is not None:
-        write_replay(folder / "replays" / f"{name}.html", result.replay)
-        atomic_write_json(folder / "replays" / f"{name}.json", result.replay)
-    atomic_write_json(folder / f"{name}.json", summary)
-    return summary
 
 
 @dataclass(frozen=True)
@@ -243,24 +225,37 @@ class _EvaluateFlags:
 
 def _evaluate(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_table
+    from echelon.envs import env_name
+    from echelon.evaluation.comparison import check_name, evaluate_run
+    from echelon.reports.replay import write_replay
 
     folder, base = run_folder(args, "evaluate")
     run, flags = run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
     _at_least(1, episodes=flags.episodes)
     _at_least(0, replay_episodes=flags.replay_episodes, world_seed=flags.world_seed or 0)
+    check_name(flags.name)
+    if base is not None and (run.method, env_name(run.env)) != (base.method, env_name(base.env)):
+        raise EchelonError(
+            f"{folder} is a run of {base.method} in the world {env_name(base.env)}: --method and --env can't change "
+            "that; the planner and --env.size and the like can be others"
+        )
     _ensure_model(run)
-    stopper = Stopper()
+    stopper, label = Stopper(), f"evaluating {run.method}"
     with stopper.listening(), Watch() as watch:
-        result = _evaluate_run(
-            run, folder, flags.episodes, flags.replay_episodes, watch, stopper, greedy=flags.greedy,
-            seed=flags.world_seed, name=flags.name,
+        result = evaluate_run(
+            run, folder, episodes=flags.episodes, record=flags.replay_episodes, world_seed=flags.world_seed,
+            greedy=flags.greedy, name=flags.name, should_stop=stopper, write_replay=write_replay,
+            report=lambda done, total: watch.show(label, done, total, "episodes"),
         )  # fmt: skip
     if result is None:
         return 128 + stopper.signal
-    env = f"{run.env.height or run.env.size}x{run.env.width or run.env.size}, {run.env.num_agents} agents"
-    results_table({run.method: result}, f"{folder} on {env}")
+    results_table({run.method: result}, f"{folder} on {_world(run)}")
     console.print(f"written to {folder / (flags.name + '.json')}")
     return 0
+
+
+def _world(run: RunConfig) -> str:
+    return f"{run.env.height or run.env.size}x{run.env.width or run.env.size}, {run.env.num_agents} agents"
 
 
 @dataclass(frozen=True)
@@ -279,88 +274,58 @@ class _CompareFlags:
 
 def _compare(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_rows, results_table
-    from echelon.envs import env_name, make
+    from echelon.evaluation.comparison import check_comparison, compare
+    from echelon.reports.replay import write_replay
+    from echelon.training import Progress
 
+    if any(arg.split("=")[0] == "--method" for arg in args):
+        raise EchelonError("compare takes --methods NAME …, not --method")
     run, flags = run_flags("compare", args, _CompareFlags)
     runs = [dataclasses.replace(run, method=name) for name in dict.fromkeys(flags.methods)]
     if not runs:
         raise EchelonError("--methods names no method")
     _at_least(1, eval_episodes=flags.eval_episodes)
     _at_least(0, replay_episodes=flags.replay_episodes)
-    # What can't be used is told before anything is trained or written.
-    make(env_name(run.env), run.env, num_envs=1)
+    # What can't be used is told before a model is fetched.
+    check_comparison(runs, flags.out)
     for one in runs:
-        config = flags.out / one.method / "config.toml"
-        if config.exists() and not _same_run(read_toml(config), one):
-            raise EchelonError(f"{config.parent} holds a run with other settings: choose another --out, or remove it")
         _ensure_model(one)
-    results: dict[str, Any] = {}
-    stopper = Stopper()
+    title = f"{_world(run)}, {run.steps:,} steps, seed {run.seed}, {flags.eval_episodes} evaluation episodes"
+    stopper, finished, start = Stopper(), 0, time.monotonic()
     with stopper.listening(), Watch() as watch:
-        for i, one in enumerate(runs):
-            start = time.monotonic()
-            result = _compare_one(one, flags, watch, stopper)
-            if result is None:
-                console.print(f"stopped; the same command goes on where it stopped ({flags.out})")
-                return 128 + stopper.signal
-            results[one.method] = result
+
+        def training(one: RunConfig, progress: Progress) -> None:
+            watch.training(one.method, progress)
+
+        def evaluation(one: RunConfig, done: int, total: int) -> None:
+            watch.end(one.method)
+            watch.show(f"evaluating {one.method}", done, total, "episodes")
+
+        def result(one: RunConfig, result: dict[str, Any]) -> None:
+            nonlocal finished, start
+            watch.end(one.method)
+            watch.end(f"evaluating {one.method}")
+            finished, begun, start = finished + 1, start, time.monotonic()
             tsr = result["tsr"]["value"]
-            console.print(f"[{i + 1}/{len(runs)}] {one.method}: TSR {tsr:.3f} ({time.monotonic() - start:.0f} s)")
-    env = f"{run.env.height or run.env.size}x{run.env.width or run.env.size}, {run.env.num_agents} agents"
-    title = f"{env}, {run.steps:,} steps, seed {run.seed}, {flags.eval_episodes} evaluation episodes"
-    results_table(results, title)
+            console.print(f"[{finished}/{len(runs)}] {one.method}: TSR {tsr:.3f} ({start - begun:.0f} s)")
+
+        results = compare(
+            runs, flags.out, episodes=flags.eval_episodes, record=flags.replay_episodes, on_training=training,
+            on_evaluation=evaluation, on_result=result, should_stop=stopper, write_replay=write_replay,
+        )  # fmt: skip
+    if results:
+        results_table(results, title)
+    if len(results) < len(runs):
+        console.print(f"stopped; the same command goes on where it stopped ({flags.out})")
+        return 128 + stopper.signal
     header, rows = results_rows(results)
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-    atomic_write_json(flags.out / "results.json", results)
     atomic_write_text(flags.out / "results.md", "\n".join([title, "", *lines, ""]))
     for name in results:
         page = flags.out / name / "replays" / "evaluation.html"
         if page.exists():
             console.print(f"replay of {name}: {page}")
     return 0
-
-
-def _compare_one(
-    run: RunConfig, flags: _CompareFlags, watch: Any, stopper: Callable[[], bool]
-) -> dict[str, Any] | None:
-    """Train (or go on with) and evaluate one method; None if stopped."""
-    from echelon._files import read_json
-    from echelon.configs import to_toml
-    from echelon.training import Trainer, run_costs
-
-    folder = flags.out / run.method
-    config = folder / "config.toml"
-    done = folder / "evaluation.json"
-    if done.exists():
-        result = read_json(done, "evaluation")
-        if result.get("episodes") == flags.eval_episodes and _trained(folder, run):
-            return dict(result)
-    costs: dict[str, float | None] = {}
-    if method(run.method).learns:
-        trainer = Trainer.resume(folder, steps=run.steps) if config.exists() else Trainer(run, folder)
-        if not trainer.run(lambda p: watch.training(run.method, p), stopper):
-            return None
-        watch.end(run.method)
-        costs = run_costs(folder)
-    else:
-        atomic_write_text(config, to_toml(run))
-    return _evaluate_run(run, folder, flags.eval_episodes, flags.replay_episodes, watch, stopper, costs=costs)
-
-
-def _same_run(old: RunConfig, new: RunConfig) -> bool:
-    from echelon.training import settled
-
-    # Threads change the speed alone, steps how long it goes on.
-    def plain(run: RunConfig) -> RunConfig:
-        return dataclasses.replace(settled(run), threads=None, steps=1)
-
-    return plain(old) == plain(new)
-
-
-def _trained(folder: Path, run: RunConfig) -> bool:
-    from echelon.training import steps_done
-
-    return not method(run.method).learns or steps_done(folder) >= run.steps
 
 
 def _replay(args: list[str]) -> int:
@@ -391,7 +356,10 @@ def _replay(args: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _PlanFlags:
-    """Show one scene, what a planner is asked, each candidate with its probability, and the check's verdicts."""
+    """Show one scene, what a planner is asked, each candidate with its probability, and the check's verdicts.
+
+    `echelon plan RUN` shows a plan of that run's planner in one of its worlds.
+    """
 
     show_prompts: bool = True
     """Print the prompts that a language model was sent."""
@@ -400,7 +368,11 @@ class _PlanFlags:
 def _plan(args: list[str]) -> int:
     from echelon.evaluation.explain import explain_plan
 
-    run, flags = run_flags("plan", args, _PlanFlags, preset={"method": "l2m2"})
+    if args and not args[0].startswith("-"):
+        _, base = run_folder(args, "plan")
+        run, flags = run_flags("plan RUN", args, _PlanFlags, base=base)
+    else:
+        run, flags = run_flags("plan", args, _PlanFlags, preset={"method": "l2m2"})
     if method(run.method).eval_planner is None:
         raise EchelonError(f"method {run.method} has no planner: choose another --method")
     _ensure_model(run)
@@ -467,24 +439,28 @@ def _bench(args: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _CheckEnvFlags:
+    """Check an environment against the contract: determinism, independence of worlds, masks, candidates, …
+
+    NAME picks the environment, whose settings are then flags.
+    """
+
+
 def _check_env(args: list[str]) -> int:
     from echelon.envs.checks import check_env
 
-    @dataclass(frozen=True)
-    class Flags:
-        """Check an environment against the contract: determinism, independence of worlds, masks, candidates, …"""
-
-        name: tyro.conf.Positional[str]
-        """The environment."""
-
-    flags = parse("check-env", Flags, args)
     known = environments()
-    if flags.name not in known:
-        raise unknown_name("environment", flags.name, known)
-    findings = check_env(flags.name)
+    asks = bool({"-h", "--help"} & set(args))
+    if not asks and (not args or args[0].startswith("-")):
+        raise EchelonError(f"echelon check-env needs an environment's name first: {', '.join(known)}")
+    name = args.pop(0) if args and not args[0].startswith("-") else "warehouse"
+    if name not in known:
+        raise unknown_name("environment", name, known)
+    findings = check_env(name, env_flags("check-env NAME", args, _CheckEnvFlags, known[name]))
     for finding in findings:
         print(finding)
-    print(f"{flags.name}: {'good' if not findings else f'{len(findings)} findings'}")
+    print(f"{name}: {'good' if not findings else f'{len(findings)} findings'}")
     return 1 if findings else 0
 
 

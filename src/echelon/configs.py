@@ -58,6 +58,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         method(self.method)
+        for part, prefix in (
+            (self, ""),
+            (self.env, "env."),
+            (self.subgoals, "subgoals."),
+            (self.algorithm, "algorithm."),
+        ):
+            for f in dataclasses.fields(part):
+                value = getattr(part, f.name)
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise EchelonError(f"{prefix}{f.name} is {value}: it must be a finite number")
         for name, good, need in (
             ("steps", self.steps >= 1, "at least 1"),
             ("num_envs", self.num_envs >= 1, "at least 1"),

@@ -14,11 +14,11 @@ from typing import Any, TypeVar, cast
 import tyro
 
 from echelon.configs import RunConfig, from_toml, read_toml
-from echelon.envs import environments
+from echelon.envs import GridConfig, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import methods
 
-__all__ = ["parse", "run_flags", "run_folder"]
+__all__ = ["env_flags", "parse", "run_flags", "run_folder"]
 
 T = TypeVar("T")
 
@@ -104,6 +104,14 @@ def run_flags(
     return run, own
 
 
+def env_flags(command: str, args: list[str], extra: type, env: type[GridConfig]) -> GridConfig:
+    """The settings that the flags describe of an environment of that config class; `extra` has the help's words."""
+    fields = [("env", env, dataclasses.field(default_factory=env))]
+    flags = dataclasses.make_dataclass("Flags", fields, bases=(extra,), frozen=True)
+    flags.__doc__ = extra.__doc__
+    return cast(GridConfig, cast(Any, parse(command, flags, args)).env)
+
+
 def run_folder(args: list[str], command: str) -> tuple[Path, RunConfig | None]:
     """Take the run's folder, the first argument; its config, unless only help is wanted."""
     if {"-h", "--help"} & set(args):
@@ -111,6 +119,8 @@ def run_folder(args: list[str], command: str) -> tuple[Path, RunConfig | None]:
     if not args or args[0].startswith("-"):
         raise EchelonError(f"echelon {command} needs a run's folder first: echelon {command} RUN [OPTIONS]")
     folder = Path(args.pop(0))
+    if folder.is_file():
+        raise EchelonError(f"{folder} is a file: echelon {command} wants the run's folder, such as {folder.parent}")
     if not (folder / "config.toml").exists():
         raise EchelonError(f"{folder} is no run: it has no config.toml")
     return folder, read_toml(folder / "config.toml")

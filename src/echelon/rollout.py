@@ -44,7 +44,11 @@ class PlanTrace:
 
 @dataclass
 class Episodes:
-    """Sums over finished episodes, taken by `TeamWorlds.take_episodes`."""
+    """Sums over finished episodes, taken by `TeamWorlds.take_episodes`.
+
+    `own_count` and `own_success` are of the worlds that the first planner plans: the method's own, where a cheaper
+    one plans the rest.
+    """
 
     count: int = 0
     success: int = 0
@@ -52,6 +56,8 @@ class Episodes:
     task_return: float = 0.0
     intrinsic_return: float = 0.0
     collisions: int = 0
+    own_count: int = 0
+    own_success: int = 0
 
 
 @dataclass
@@ -71,7 +77,7 @@ class TeamWorlds:
         obs: int8 `(W, A, D)`, what executors see now; mask: uint8 `(W, A, 5)`.
         obs_scale: float32 `(D,)`.
         reward: float32 `(W, A)`, each executor's reward of the last step.
-        cut: bool `(W, A)`, where an executor's task ended in the last step by reaching its subgoal.
+        cut: bool `(W, A)`, where an executor's own task ended with its subgoal in the last step.
         begins: bool `(W,)`, worlds whose episode began with the last step.
         active: bool `(W,)`, the worlds that are planned for at all; change it to leave some out.
         traced: only worlds below this index are traced; None: all.
@@ -143,10 +149,8 @@ class TeamWorlds:
             self.reward -= self.collision_cost * env.bumped
             if c.task_weight:
                 self.reward += c.task_weight * env.reward[:, None]
-            # Reaching a subgoal ends an executor's own task; with task reward mixed in, its worth goes on.
-            np.equal(tracker.outcome, 1, out=self.cut)
-            if c.task_weight:
-                self.cut[:] = False
+            # An executor's task ends with its subgoal. With task reward mixed in, its worth goes on.
+            self.cut[:] = tracker.ended & (c.task_weight == 0)
             self._sums[1] += tracker.reward.mean(1)
         self._sums[0] += env.reward
         self._sums[2] += env.collisions
@@ -168,6 +172,9 @@ class TeamWorlds:
         e, env = self.episodes, self.env
         e.count += int(done.sum())
         e.success += int(env.terminated.sum())
+        own = self.planners[0][1] if self.planners else np.ones(len(done), bool)
+        e.own_count += int((done & own).sum())
+        e.own_success += int((env.terminated & own).sum())
         e.length_of_success += int(env.steps[env.terminated].sum())
         task, intrinsic, collisions = self._sums[:, done].sum(1)
         e.task_return += float(task)
@@ -219,10 +226,10 @@ class TeamWorlds:
             if trace:
                 rounds.append((plan, todo.copy(), verdict.copy()))
             todo &= ~accepted
-            _mark_refused(request, plan, todo)
             tries += todo
             if not todo.any():
                 break
+            _mark_refused(request, plan, todo)
         if todo.any():
             self._fall_back(request, settled, todo)
         tracker.assign(request, settled, request.need)

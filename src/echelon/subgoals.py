@@ -145,7 +145,7 @@ class PlanRequest:
         keys: uint64 `(n, A)`, fresh random bits for each agent, independent of the batch.
         rejected: int8 `(n, A)`, the `Verdict` on this agent's last proposal in this round, 0 at first.
         refused: bool `(n, A, C)`, candidates that were proposed in this round and rejected.
-        grid: uint8 `(W, cells)`, the worlds' cells, to be indexed by `rows`.
+        walls: gives bool `(n, cells)`, true where nobody can go.
         scene: the structured view of a world, built when asked for.
         text: a candidate in words: (row, agent, candidate, *, brief=False) -> str.
         row_col: a flat cell as (row, col).
@@ -160,7 +160,7 @@ class PlanRequest:
     keys: NDArray[np.uint64]
     rejected: NDArray[np.int8]
     refused: NDArray[np.bool_]
-    grid: NDArray[np.uint8]
+    walls: Callable[[], NDArray[np.bool_]]
     scene: Callable[[int], Scene]
     text: Callable[..., str]
     row_col: Callable[[int], tuple[int, int]]
@@ -235,6 +235,8 @@ class SubgoalTracker:
         field: uint16 `(W, A, cells)`, path lengths to each agent's target.
         outcome: int8 `(W, A)`, an `Outcome`, of the last step.
         reward: float32 `(W, A)`, the intrinsic reward of the last step.
+        ended: bool `(W, A)`, whose subgoal ended with the last step: reached, failed or too late, and to be
+            replaced.
         need: bool `(W, A)`, who wants a new subgoal.
     """
 
@@ -269,6 +271,7 @@ class SubgoalTracker:
         self.counters = np.zeros(W, np.uint64)
         self.features = env.obs_buffer[:, :, env.obs_size :]
         self.counts = Counts()
+        self.ended = np.zeros((W, A), bool)
         self._open = np.ones((W, A), bool)
         self._queue = np.zeros(env.num_cells, np.int32)
         self._every = np.ones(W, bool)
@@ -284,7 +287,7 @@ class SubgoalTracker:
         mode = {"distance": 0, "potential": 1, "reached": 2}[c.intrinsic]
         _judge(
             self.kind, self.cell, self.task, self.age, self.deadline, self.field, self.outcome, self.reward,
-            self.need, self._open, env.pos, env.task_done_by, env.row_of, env.col_of, self._before, mode,
+            self.need, self._open, self.ended, env.pos, env.task_done_by, env.row_of, env.col_of, self._before, mode,
             c.beta, self.gamma, (c.on_reached, c.on_failed, c.on_timeout), c.every,
         )  # fmt: skip
         if c.on_event and env.new_info.any():
@@ -335,7 +338,7 @@ class SubgoalTracker:
         taken[i[busy], self.task[rows[i], a][busy]] = True
         return PlanRequest(
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
-            np.zeros(candidates.kind.shape, bool), env.grid, env.scene,
+            np.zeros(candidates.kind.shape, bool), lambda: (env.grid[rows] & WALL) != 0, env.scene,
             lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief), env.row_col,
         )  # fmt: skip
 
@@ -467,13 +470,14 @@ def _fill_fields(field, kind, cell, grid, stride, queue):  # type: ignore[no-unt
 
 @numba.njit(cache=True)
 def _judge(  # type: ignore[no-untyped-def]
-    kind, cell, task, age, deadline, field, outcome, reward, need, is_open, pos, done_by, row_of, col_of, before,
-    mode, beta, gamma, triggers, every,
+    kind, cell, task, age, deadline, field, outcome, reward, need, is_open, ended, pos, done_by, row_of, col_of,
+    before, mode, beta, gamma, triggers, every,
 ):  # fmt: skip
     on_reached, on_failed, on_timeout = triggers
     for w in range(kind.shape[0]):
         for a in range(kind.shape[1]):
             outcome[w, a] = 0
+            ended[w, a] = False
             reward[w, a] = 0
             if kind[w, a] < 0:
                 continue
@@ -494,16 +498,16 @@ def _judge(  # type: ignore[no-untyped-def]
                 dr, dc = row_of[here] - row_of[goal], col_of[here] - col_of[goal]
                 reward[w, a] = -beta * np.sqrt(np.float64(dr * dr + dc * dc)) + reached
             elif mode == 1:
-                # F = beta (gamma Phi(s') - Phi(s)), Phi = -path length; Phi is zero at the end of a subgoal.
+                # F = beta (gamma Phi(s') - Phi(s)), Phi = -path length; zero where the subgoal was reached.
                 after = 0.0 if reached else np.float64(field[w, a, here])
                 reward[w, a] = beta * (np.float64(field[w, a, before[w, a]]) - gamma * after) + reached
             else:
                 reward[w, a] = reached
             o = outcome[w, a]
-            if (
-                (o == 1 and on_reached) or (o == 2 and on_failed) or (o == 3 and (on_timeout or wait))
-                or (every > 0 and age[w, a] % every == 0)
-            ):  # fmt: skip
+            late = age[w, a] >= deadline[w, a] and (on_timeout or wait)
+            over = (o == 1 and on_reached) or (o == 2 and on_failed) or late
+            ended[w, a] = over and o != 0
+            if over or (every > 0 and age[w, a] % every == 0):
                 need[w, a] = True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -155,7 +156,7 @@ def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> MAPPO:
         num_envs=env.num_envs,
         num_agents=env.num_agents,
         obs_scale=worlds.obs_scale,
-        state_size=env.state_size,
+        state_scale=env.state_scale,
         num_actions=env.num_actions,
         team_reward=worlds.team_reward,
         seed=config.seed,
@@ -209,14 +210,17 @@ def run_costs(folder: Path) -> dict[str, float | None]:
     }
 
 
-def _steps_to_success(metrics: Path, level: float, episodes: int = 200) -> float | None:
-    """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded."""
+def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> float | None:
+    """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded.
+
+    Only episodes that the method's own planner planned count: not those of the cheap planner beside a model.
+    """
     window: deque[tuple[int, float]] = deque()
     for line in metrics.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        if not entry["episodes"]:
+        if not entry["own_episodes"]:
             continue
-        window.append((entry["episodes"], entry["episodes"] * entry["tsr"]))
+        window.append((entry["own_episodes"], entry["own_episodes"] * entry["own_tsr"]))
         while sum(n for n, _ in window) - window[0][0] >= episodes:
             window.popleft()
         count = sum(n for n, _ in window)
@@ -261,6 +265,12 @@ class Clock:
         now = time.perf_counter()
         self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
         self._last = now
+
+    def book(self, seconds: Mapping[str, float]) -> None:
+        """Book what happened since the last lap as these stages, which measured themselves."""
+        for stage, spent in seconds.items():
+            self._laps[stage] = self._laps.get(stage, 0.0) + spent
+        self._last = time.perf_counter()
 
     def total(self) -> float:
         """Seconds up to the last lap."""
@@ -324,6 +334,12 @@ class Rollouts:
         self._see(buffer.steps)
         clock.lap("store")
         return clock
+
+    def learn(self, clock: Clock) -> dict[str, float]:
+        """Let the algorithm learn from the rollout; what to log of it."""
+        learnt = self.algorithm.update(self.buffer)
+        clock.book(self.algorithm.seconds)
+        return learnt
 
     def _see(self, t: int) -> None:
         self.buffer.obs[t] = self.worlds.obs
@@ -442,8 +458,7 @@ class Trainer:
         saved = self.step
         while self.step < c.steps:
             clock = self.rollouts.collect()
-            learnt = self.rollouts.algorithm.update(self.rollouts.buffer)
-            clock.lap("update")
+            learnt = self.rollouts.learn(clock)
             self.step += per_update
             if wrong := [f"{name} is {value}" for name, value in learnt.items() if not math.isfinite(value)]:
                 raise EchelonError(f"training diverged at step {self.step} ({wrong[0]}): lower algorithm.lr")
@@ -457,10 +472,14 @@ class Trainer:
             shares = clock.shares()
             model = {p.name: round(t.seconds, 3) for p, _ in self.worlds.planners
                      if (t := self.worlds.plan_time[p.name]).rounds}  # fmt: skip
-            logs["timings.jsonl"].write(
-                {"step": self.step, "seconds": round(self._seconds, 3), "steps_per_second": round(rate),
-                 "shares": shares, "planner_seconds": model}
-            )  # fmt: skip
+            model_spent = self._model_spent()
+            spent = {f"model_{k.removeprefix('prompt_')}": model_spent[k]
+                     for k in ("calls", "prompt_tokens", "seconds") if k in model_spent}  # fmt: skip
+            timings = {"step": self.step, "seconds": round(self._seconds, 3), "steps_per_second": round(rate),
+                       "shares": shares, "planner_seconds": model, **spent}  # fmt: skip
+            logs["timings.jsonl"].write(timings)
+            for name in ("steps_per_second", *spent):
+                board.add_scalar(name, timings[name], self.step)
             report(Progress(self.step, c.steps, metrics, rate, shares))
             stop = should_stop()
             if self.step - saved >= c.checkpoint_every or self.step >= c.steps or stop:
@@ -473,19 +492,20 @@ class Trainer:
     def _metrics(self, learnt: dict[str, float]) -> dict[str, Any]:
         """The line of metrics since the last one; everything in it is bit-identical for a seed."""
         e, worlds = self.worlds.take_episodes(), self.worlds
-        many = max(e.count, 1)
         metrics: dict[str, Any] = {
             "step": self.step,
             "episodes": e.count,
-            "tsr": e.success / many if e.count else None,
+            "tsr": e.success / e.count if e.count else None,
+            "own_episodes": e.own_count,
+            "own_tsr": e.own_success / e.own_count if e.own_count else None,
             "steps_to_finish": e.length_of_success / e.success if e.success else None,
-            "collisions": e.collisions / many,
-            "task_return": e.task_return / many,
+            "collisions": e.collisions / e.count if e.count else None,
+            "task_return": e.task_return / e.count if e.count else None,
             **{name: float(value) for name, value in learnt.items()},
         }
         if worlds.tracker is not None:
             counts, worlds.tracker.counts = worlds.tracker.counts, Counts()
-            metrics["intrinsic_return"] = e.intrinsic_return / many
+            metrics["intrinsic_return"] = e.intrinsic_return / e.count if e.count else None
             metrics |= {f"subgoals_{k}": v for k, v in dataclasses.asdict(counts).items() if k != "rejected"}
             metrics |= {f"rejected_{k}": v for k, v in counts.rejected.items()}
             for planner, _ in worlds.planners:
@@ -514,6 +534,7 @@ class Trainer:
             "sizes": self._sizes,
             "planners": {p.name: p.state_dict() for p, _ in self.worlds.planners},
             "model": self._model_spent(),
+            "config": _identity(self.config),
         }
         save_checkpoint(
             self.folder / "checkpoints",
@@ -529,13 +550,33 @@ class Trainer:
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress
         self.step, self._seconds, self._sizes = progress["step"], progress["seconds"], progress["sizes"]
-        if self.step > self.config.steps:
+        # Steps are whole rollouts, so a finished run has done some more than it was asked for.
+        if self.step - self.rollouts.steps_per_update >= self.config.steps:
             raise EchelonError(f"run {self.folder} has done {self.step} steps already, more than {self.config.steps}")
+        if changed := _differences(progress.get("config", ""), _identity(self.config)):
+            raise EchelonError(
+                f"{self.folder / 'config.toml'} isn't what its checkpoint was trained with ({changed}): "
+                f"put it back, or start a new run with --config"
+            )
         self._model_base = progress.get("model", {})
         self.worlds.load_state_dict(checkpoint.worlds)
         self.rollouts.algorithm.load_state_dict(checkpoint.algorithm)
         for planner, _ in self.worlds.planners:
             planner.load_state_dict(progress["planners"][planner.name])
+
+
+def _identity(config: RunConfig) -> str:
+    """What makes a run this run: all but how long and on how many threads (a recurrent one depends on those)."""
+    threads = config.threads if config.algorithm.recurrent else None
+    return to_toml(dataclasses.replace(config, steps=1, threads=threads))
+
+
+def _differences(old: str, new: str) -> str:
+    """The lines in which two configs differ, in words."""
+    was, now = old.splitlines(), new.splitlines()
+    gone = [line for line in was if line not in now]
+    come = [line for line in now if line not in was]
+    return "; ".join(f"{a} became {b}" for a, b in itertools.zip_longest(gone, come, fillvalue="nothing"))
 
 
 def _model_counters(worlds: TeamWorlds) -> dict[str, float]:

@@ -7,6 +7,7 @@ normalised, and a time limit bootstraps from the true last observation.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,13 +77,19 @@ class MAPPOConfig:
             ("epochs", self.epochs >= 1, "at least 1"),
             ("minibatches", self.minibatches >= 1, "at least 1"),
             ("hidden", self.hidden >= 1, "at least 1"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
         ):
             if not good:
                 raise EchelonError(f"algorithm.{name} is {getattr(self, name)}: it must be {need}")
 
 
 class MAPPO:
-    """A team's shared policy and its critic, and how they learn from rollouts."""
+    """A team's shared policy and its critic, and how they learn from rollouts.
+
+    Attributes:
+        seconds: what the last `update` took: "advantages" (values and GAE), "learn" (forward and backward) and
+            "optimise" (clipping and Adam).
+    """
 
     def __init__(
         self,
@@ -91,7 +98,7 @@ class MAPPO:
         num_envs: int,
         num_agents: int,
         obs_scale: NDArray[np.float32],
-        state_size: int,
+        state_scale: NDArray[np.float32],
         num_actions: int,
         team_reward: bool,
         seed: int,
@@ -103,7 +110,7 @@ class MAPPO:
             config: hyper-parameters.
             num_envs, num_agents: W and A of the arrays.
             obs_scale: float32 `(D,)`, brings int8 observations to about ±1.
-            state_size: S, of the centralised state (int8, brought to about ±1 by 1/16).
+            state_scale: float32 `(S,)`, brings the int8 centralised state to about ±1.
             num_actions: primitive moves.
             team_reward: whether all agents of a team get the same reward.
             seed: root seed of initial weights, actions and minibatches.
@@ -113,7 +120,6 @@ class MAPPO:
         self.shape = (num_envs, num_agents)
         self.dtype = resolve_precision(config.precision)
         self.team_critic = team_reward if config.critic == "auto" else config.critic == "team"
-        state_scale = np.full(state_size, 1 / 16, np.float32)
         critic_scale = state_scale if self.team_critic else np.concatenate([obs_scale, state_scale])
         h = config.hidden
         generator = torch.Generator().manual_seed(int(spawn_keys(seed, (2,), 1)[0] >> np.uint64(1)))
@@ -129,6 +135,8 @@ class MAPPO:
             for params in (self.actor_params, self.critic.parameters())
         ]
         self.lanes = Lanes(threads)
+        self.seconds: dict[str, float] = {}
+        self._optimise = 0.0
         self.value_norm = ValueNorm()
         self.keys, self.counters = spawn_keys(seed, (3,), num_envs), np.zeros(num_envs, np.uint64)
         self._shuffle_key = int(spawn_keys(seed, (4,), 1)[0])
@@ -174,6 +182,7 @@ class MAPPO:
         """Learn from one rollout; what to log of it."""
         c, T = self.config, buffer.steps
         W, _ = self.shape
+        start = time.perf_counter()
         values, next_values = self._values(buffer)
         advantages, returns = gae(
             buffer.reward, values, next_values, buffer.terminated, buffer.ended, gamma=c.gamma, lam=c.lam
@@ -182,6 +191,8 @@ class MAPPO:
         mean, std = self.value_norm.moments()
         targets = torch.from_numpy((returns - mean) / std)
         advantages = (advantages - advantages.mean()) / (advantages.std() + np.float32(1e-8))
+        began = time.perf_counter()
+        self._optimise = 0.0
         shuffle = np.random.Generator(np.random.Philox(key=self._shuffle_key, counter=[0, self.updates, 0, 0]))
         self.updates += 1
         policy, value_loss, steps = np.zeros(4), 0.0, 0
@@ -194,6 +205,8 @@ class MAPPO:
                 policy += self._actor_step(buffer, rows, part, advantages)
                 value_loss += self._critic_step(buffer, rows, targets)
                 steps += 1
+        learnt = time.perf_counter() - began - self._optimise
+        self.seconds = {"advantages": began - start, "learn": learnt, "optimise": self._optimise}
         spread = float(np.var(returns))
         return {
             "policy_loss": policy[0] / steps,
@@ -270,8 +283,10 @@ class MAPPO:
         return torch.cat(self.lanes.run(lambda lane, piece: net.forward(x[piece], lane)[0], self.lanes.cut(len(x))))
 
     def _step(self, which: int, params: list[torch.nn.Parameter]) -> None:
+        start = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
         self.optimizers[which].step()
+        self._optimise += time.perf_counter() - start
 
     def _critic_input(self, obs: Tensor, state: Tensor) -> Tensor:
         """The critic's rows: one a team, `(n, S)`, or one an agent, `(n * A, D + S)`."""

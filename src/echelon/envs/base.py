@@ -177,7 +177,8 @@ class GridEnv(ABC, Generic[C]):
         self.obs_buffer = np.zeros((W, A, self.obs_size + extra_features), np.int8)
         self.obs = self.obs_buffer[:, :, : self.obs_size]
         self.final_obs = np.zeros((W, A, self.obs_size), np.int8)
-        self.state_size = 1 + A * 5 + T * (len(self.status_words) + 4)
+        self.state_scale = self._state_scale()
+        self.state_size = len(self.state_scale)
         self._scratch = np.zeros((3, self.num_cells), np.int32)
         self._target = np.zeros(A, np.int32)
         self._every = np.ones(W, bool)
@@ -291,7 +292,8 @@ class GridEnv(ABC, Generic[C]):
 
         Args:
             out: int8 `(len(rows), state_size)`: time left; each agent's row and column from the map's centre,
-                load flag and way to the load's goal; each task's status (one-hot), cell and goal.
+                load flag and way to the load's goal; each task's status (one-hot), cell and goal. Multiplied
+                by `state_scale` (float32 `(state_size,)`) it is about ±1.
         """
         which = np.arange(self.num_envs) if rows is None else rows
         kernels.write_states(
@@ -477,6 +479,11 @@ class GridEnv(ABC, Generic[C]):
             self._template(), self.map_file is not None, self.height, self.width, self.view, self.stride, code,
             float(self.config.density), self.config.aisle, self._cells_needed(),
         )  # fmt: skip
+
+    def _state_scale(self) -> NDArray[np.float32]:
+        agent = [1 / 16, 1 / 16, 1.0, 1 / 16, 1 / 16]
+        task = [*[1.0] * len(self.status_words), *[1 / 16] * 4]
+        return np.array([1 / 127, *agent * self.num_agents, *task * self.num_tasks], np.float32)
 
     def _obs_scale(self) -> NDArray[np.float32]:
         window = [1.0] * (2 * (2 * self.view + 1) ** 2)

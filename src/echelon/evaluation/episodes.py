@@ -15,13 +15,16 @@ from echelon.configs import RunConfig
 from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.methods import method
+from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.training import build_executor, build_worlds, model_of, use_threads
 
-__all__ = ["EVALUATION_SEED", "EpisodeResults", "evaluate"]
+__all__ = ["EpisodeResults", "evaluate", "evaluation_seed"]
 
-EVALUATION_SEED = 1_000_003
-"""Added to a run's seed for evaluation worlds, so that training never saw them."""
+
+def evaluation_seed(seed: int) -> int:
+    """The root seed of evaluation worlds: from a stream of its own, so that no run's training worlds are among them."""
+    return int(spawn_keys(seed, (9,), 1)[0] >> np.uint64(1))
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def evaluate(
         config: the run whose method, world and planner are judged.
         policy: the executor's tensors (`training.load_policy`), or None where there are none.
         episodes: how many.
-        seed: root seed of the worlds; default: the run's seed moved to where training never was.
+        seed: which worlds (`evaluation_seed` of it is their root seed); default: the run's seed.
         greedy: executors take their most probable move instead of drawing.
         record: how many episodes to record for a replay.
         on_plan: called with each planning round that costs model time.
@@ -90,7 +93,7 @@ def evaluate(
         should_stop: asked after each step; stops with no result.
     """
     start = time.perf_counter()
-    seed = config.seed + EVALUATION_SEED if seed is None else seed
+    seed = evaluation_seed(config.seed if seed is None else seed)
     recorder = Recorder(config, record) if record else None
 
     def heard(trace: PlanTrace) -> None:

@@ -58,8 +58,7 @@ def training_speed(
     stages: dict[str, list[float]] = {}
     for update in range(warm_up + updates):
         clock = rollouts.collect()
-        rollouts.algorithm.update(rollouts.buffer)
-        clock.lap("update")
+        rollouts.learn(clock)
         report(update)
         if update >= warm_up:
             rates.append(rollouts.steps_per_update / clock.total())

@@ -103,15 +103,18 @@ class LLMPlanner:
         if not prompts:
             return [], None
         try:
-            scores = self.model.score(prompts)
-        except (EchelonError, RuntimeError, OSError) as error:
+            scores = list(self.model.score(prompts))
+            good = len(scores) == len(prompts) and all(
+                len(s.logprobs) == len(p.options) and np.isfinite(s.logprobs).all()
+                for s, p in zip(scores, prompts, strict=True)
+            )
+        except Exception as error:  # whatever a user's model or its server may raise: it must not stop the run
             self.failures += 1
-            return [], str(error)
-        fits = (np.isfinite(s.logprobs).all() and len(s.logprobs) == len(p.options) for s, p in zip(scores, prompts))  # noqa: B905
-        if len(scores) != len(prompts) or not all(fits):
+            return [], f"{type(error).__name__}: {error}"
+        if not good:
             self.failures += 1
             return [], f"model {self.model.name} gave scores that don't fit its questions"
-        return list(scores), None
+        return scores, None
 
     def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
         """What the model is asked about agent `a` of row `i` with the candidates `options` (int64 `(k,)`)."""
@@ -157,6 +160,7 @@ class LLMPlanner:
         chances = np.exp(scores.logprobs).round(4).tolist()
         at = np.flatnonzero(options == best)
         return {
+            "system": prompt.shared,
             "prompt": prompt.text,
             "options": [{"text": t, "probability": p} for t, p in zip(prompt.options, chances, strict=True)],
             "chosen": int(at[0]) if len(at) else None,

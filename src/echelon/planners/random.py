@@ -6,7 +6,6 @@ import numba
 import numpy as np
 
 from echelon.envs.base import SubgoalKind
-from echelon.envs.kernels import WALL
 from echelon.planners.base import StatelessPlanner
 from echelon.rng import mix
 from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest
@@ -25,7 +24,7 @@ class RandomCell(StatelessPlanner):
         """A uniformly drawn free cell an agent."""
         plan = Plan.empty(request)
         plan.kind[:] = SubgoalKind.CELL
-        _free_cells(request.rows, request.need, request.grid, request.keys, plan.cell)
+        _free_cells(request.need, request.walls(), request.keys, plan.cell)
         return plan
 
 
@@ -43,17 +42,16 @@ class RandomTask(StatelessPlanner):
 
 
 @numba.njit(cache=True)
-def _free_cells(rows, need, grid, keys, cell):  # type: ignore[no-untyped-def]
-    cells = grid.shape[1]
-    for i in range(rows.shape[0]):
-        w = rows[i]
+def _free_cells(need, walls, keys, cell):  # type: ignore[no-untyped-def]
+    cells = walls.shape[1]
+    for i in range(need.shape[0]):
         for a in range(need.shape[1]):
             # Rejection: at least half of every map is free, so this is short.
             n = np.uint64(0)
             while need[i, a]:
                 c = np.int64(mix(keys[i, a], n) % np.uint64(cells))
                 n += np.uint64(1)
-                if not grid[w, c] & WALL:
+                if not walls[i, c]:
                     cell[i, a] = c
                     break
 
