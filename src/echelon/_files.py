@@ -120,11 +120,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that died (kill -9) left in `folder`; those of living processes stay."""
     for item in folder.glob(f"{_TEMP_MARK}*"):
         pid = item.name[len(_TEMP_MARK) :].split("-", 1)[0]
-        if pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and int(pid) != os.getpid() and _lives(int(pid)):
             continue
         if item.is_dir():
             shutil.rmtree(item, ignore_errors=True)

@@ -336,7 +336,7 @@ def _replay(args: list[str]) -> int:
     class Flags:
         """Write the page that plays a run's episodes; it opens in any browser, without a network."""
 
-        source: tyro.conf.Positional[Path]
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|FILE")]
         """A run's folder, or a replay's .json."""
         out: Path | None = None
         """The page; default: beside the .json."""
@@ -387,9 +387,9 @@ def _models(args: list[str]) -> int:
     class Flags:
         """List, fetch, check and remove language models: `echelon models [list|fetch|check|remove] [NAME]`."""
 
-        action: tyro.conf.Positional[str] = "list"
+        action: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ACTION")] = "list"
         """list, fetch, check or remove."""
-        name: tyro.conf.Positional[str] = "smollm2-135m"
+        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = "smollm2-135m"
         """Which model."""
         force: bool = False
         """Fetch it again although it is there."""
@@ -448,6 +448,7 @@ class _CheckEnvFlags:
 
 
 def _check_env(args: list[str]) -> int:
+    from echelon.envs import make
     from echelon.envs.checks import check_env
 
     known = environments()
@@ -457,7 +458,9 @@ def _check_env(args: list[str]) -> int:
     name = args.pop(0) if args and not args[0].startswith("-") else "warehouse"
     if name not in known:
         raise unknown_name("environment", name, known)
-    findings = check_env(name, env_flags("check-env NAME", args, _CheckEnvFlags, known[name]))
+    config = env_flags("check-env NAME", args, _CheckEnvFlags, known[name])
+    make(name, config)  # settings that can't be used are no finding
+    findings = check_env(name, config)
     for finding in findings:
         print(finding)
     print(f"{name}: {'good' if not findings else f'{len(findings)} findings'}")

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import functools
+import inspect
 import io
 import itertools
 import re
+import textwrap
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from echelon.configs import RunConfig, from_toml, read_toml
 from echelon.envs import GridConfig, environments
@@ -28,11 +42,71 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return cast(T, tyro.cli(cls, prog=f"echelon {command}", args=list(args), default=default))
+            return cast(T, tyro.cli(cls, prog=f"echelon {command}", args=list(args), default=default, registry=_RULES))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise EchelonError(_one_line(told.getvalue(), command)) from None
+
+
+_RULES = ConstructorRegistry()
+
+
+@_RULES.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`INT` in the help instead of `{None}|INT` for what is None unless given."""
+    options = [t for t in typing.get_args(info.type) if t is not type(None)]
+    if info.type_origin not in (types.UnionType, typing.Union) or len(options) != 1:
+        return None
+    kind = options[0]
+    if kind not in (int, float, str, Path):
+        return None
+
+    def convert(words: list[str]) -> Any:
+        return None if words == ["None"] else kind(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar=kind.__name__.upper(), instance_from_str=convert,
+        is_instance=lambda x: x is None or isinstance(x, kind), str_from_instance=lambda x: [str(x)],
+    )  # fmt: skip
+
+
+@_RULES.struct_rule
+def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A dataclass with its fields' docstrings as help, unwrapped: tyro keeps the source's line breaks."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints, words = typing.get_type_hints(info.type, include_extras=True), _docstrings(info.type)
+    fields = []
+    for f in dataclasses.fields(info.type):
+        default: Any = tyro.constructors.MISSING_NONPROP
+        if hasattr(info.default, f.name):
+            default = getattr(info.default, f.name)
+        elif f.default is not dataclasses.MISSING:
+            default = f.default
+        elif callable(f.default_factory):
+            default = f.default_factory()
+        fields.append(StructFieldSpec(f.name, hints[f.name], default, words.get(f.name)))
+    return StructConstructorSpec(info.type, tuple(fields))
+
+
+@functools.cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass and its bases, in one line each."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # built in, or made by a program
+            continue
+        for field, text in itertools.pairwise(cast(ast.ClassDef, tree.body[0]).body):
+            if (
+                isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):  # fmt: skip
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
 
 
 def _one_line(text: str, command: str) -> str:

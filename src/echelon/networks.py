@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Literal, TypeVar, cast
 
 import numba
@@ -87,7 +87,11 @@ class Lanes:
         if helpers and self._pool is None:
             self._pool = ThreadPoolExecutor(helpers, "lane", initializer=torch.set_num_threads, initargs=(1,))
         waiting = [self._pool.submit(labour) for _ in range(helpers)] if self._pool is not None else []
-        labour()
+        try:
+            labour()
+        finally:
+            # Also after an error: nobody may still be writing into the lanes when the next batch comes.
+            wait(waiting)
         for future in waiting:
             future.result()
         return cast(list[T], results)

@@ -363,13 +363,15 @@ class Trainer:
         Raises:
             EchelonError: there is a run in `folder`, or a setting, map or model can't be used.
         """
-        if (folder / "config.toml").exists():
-            raise EchelonError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
+        _require_free(folder)
         self._build(config, folder)
         self.worlds.start()
-        atomic_write_json(folder / "versions.json", _versions())
-        # The config last: a folder that has one is a run.
-        atomic_write_text(folder / "config.toml", to_toml(self.config))
+        with only_writer(folder):
+            # Once more: another process may have begun a run here meanwhile.
+            _require_free(folder)
+            atomic_write_json(folder / "versions.json", _versions())
+            # The config last: a folder that has one is a run.
+            atomic_write_text(folder / "config.toml", to_toml(self.config))
 
     def _build(self, config: RunConfig, folder: Path) -> None:
         self.folder, self.step, self._plans = folder, 0, None
@@ -563,6 +565,11 @@ class Trainer:
         self.rollouts.algorithm.load_state_dict(checkpoint.algorithm)
         for planner, _ in self.worlds.planners:
             planner.load_state_dict(progress["planners"][planner.name])
+
+
+def _require_free(folder: Path) -> None:
+    if (folder / "config.toml").exists():
+        raise EchelonError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
 
 
 def _identity(config: RunConfig) -> str:
