@@ -13,6 +13,13 @@ from typing import Any
 
 from echelon.evaluation import mean_interval
 
+INTRODUCTION = """# Five seeds
+
+Made by `benchmarks/seeds.sh` and `benchmarks/seeds_table.py`: 1,000,000 training steps a run, 200 evaluation episodes
+on worlds that training never saw; means over seeds with Student's 95% interval over seeds. "Steps to TSR 0.9" is the
+first training step at which 0.9 of the last 50 episodes had succeeded.
+"""
+
 
 def cell(values: Iterable[float | None], digits: int) -> str:
     """Mean ± half the interval of what is there, with how many seeds are missing."""
@@ -42,11 +49,7 @@ def row(name: str, results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Print the tables."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/seeds")
-    print(
-        "# Five seeds\n\nMade by `benchmarks/seeds.sh` and `benchmarks/seeds_table.py`: 1,000,000 training steps a run, "
-        "200 evaluation\nepisodes on worlds that training never saw; means over seeds with Student's 95% interval over "
-        'seeds. "Steps to TSR 0.9"\nis the first training step at which 0.9 of the last 50 episodes succeeded.\n'
-    )
+    print(INTRODUCTION)
     header = ["method", "seeds", "TSR", "steps to finish", "collisions", "steps to TSR 0.9"]
     for env in ("warehouse", "repair", "search"):
         folders = sorted(root.glob(f"{env}-*"))

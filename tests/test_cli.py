@@ -23,9 +23,11 @@ import pytest
 from rich.console import Console
 
 import echelon
+import echelon.flags
+from echelon.algorithms import MAPPOConfig
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.cli import main
-from echelon.configs import read_toml
+from echelon.configs import RunConfig, read_toml
 from echelon.console import Watch, results_rows
 from echelon.reports.replay import load_replay
 from echelon.training import Progress
@@ -118,6 +120,15 @@ def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[st
             assert f"(default: {default[1]})" in out.split(default[0], 1)[1][:300]
 
 
+def test_help_is_easy_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is None unless given is shown by its type; a help's line ends where the terminal does."""
+    assert main(["train", "--help"]) == 0
+    out = " ".join(re.sub(r"[│╭╰╮╯─\x1b]", " ", capsys.readouterr().out).split())
+    assert "None}" not in out and "--planner STR" in out and "--threads INT" in out and "--env.map PATH" in out
+    assert echelon.flags._docstrings(RunConfig)["llm_share"].endswith("are planned by cheap_planner.")
+    assert all("\n" not in text for text in echelon.flags._docstrings(MAPPOConfig).values())
+
+
 def test_the_help_of_another_environment_shows_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     """`--env` picks whose settings are flags."""
     assert main(["train", "--env", "search", "--help"]) == 0
@@ -150,6 +161,8 @@ MISTAKES = {
     "too-full": (["train", "--method", "rule-goals", "--env.size", "6", "--env.num-packages", "60"], "free cells"),
     "compare-too-full": (["compare", "--methods", "llm-only", "--env.size", "5"], "free cells"),
     "compare-method": (["compare", "--methods", "rule-goals", "flat"], "unknown method 'flat'"),
+    "compare-one-method": (["compare", "--method", "l2m2"], "compare takes --methods NAME …, not --method"),
+    "compare-one-method-too": (["compare", "--method=l2m2"], "compare takes --methods"),
     "compare-episodes": (["compare", "--eval-episodes", "0"], "--eval-episodes is 0: it must be at least 1"),
     "literal": (["train", "--env.layout", "shelfs"], "'--env.layout'. Expected one of ('shelves', 'random', 'open')"),
     "range": (["train", "--algorithm.gamma", "1.5"], "algorithm.gamma is 1.5: it must be 0 to 1"),
@@ -167,6 +180,10 @@ MISTAKES = {
     "models-name": (["models", "fetch", "gpt"], "unknown model 'gpt'"),
     "models-check": (["models", "check"], "run: echelon models fetch smollm2-135m"),
     "check-env": (["check-env", "warehose"], "did you mean 'warehouse'?"),
+    "check-env-nothing": (["check-env"], "needs an environment's name first: repair, search, warehouse"),
+    "check-env-size": (["check-env", "warehouse", "--env.size", "4"], "env.size is 4: it must be 5 to 256"),
+    "check-env-flag": (["check-env", "search", "--env.num-packages", "4"], "Unrecognized options: --env.num-packages"),
+    "plan-nowhere": (["plan", "nowhere"], "nowhere is no run"),
     "bench": (["bench", "--updates", "0"], "--updates is 0"),
     "plan-flat": (["plan", "--method", "flat-mappo"], "has no planner"),
     "memory": (["train", "--method", "rule-goals", "--num-envs", "100000000000"], "memory"),
@@ -294,6 +311,25 @@ def test_resume_goes_on_for_more_steps(trained: Path, place: Path) -> None:
     assert json.loads(Path("run/evaluation.json").read_text())["episodes"] == 2
 
 
+def test_resume_of_a_finished_run_evaluates_what_is_missing(
+    trained: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps done: nothing is trained, and the evaluation is made if it isn't there."""
+    shutil.copytree(trained, "run")
+    before = {name: Path("run", name).read_bytes() for name in files(Path("run"))}
+    again = ["train", "--resume", "run", "--eval-episodes", "6"]
+    with monkeypatch.context() as patch:
+        patch.setattr("echelon.evaluation.comparison.evaluate", lambda *args, **kwargs: pytest.fail("evaluated again"))
+        assert main(again) == 0
+    assert "rule-goals" in capsys.readouterr().out
+    Path("run/evaluation.json").unlink()
+    assert main(again) == 0
+    found = json.loads(Path("run/evaluation.json").read_text())
+    old = json.loads(before["evaluation.json"])
+    assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in old.items() if k != "seconds"}
+    assert Path("run/metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+
+
 def test_l2m2_records_its_plans(tiny_model: str, place: Path) -> None:
     """A language model's prompts, options and verdicts are in the run's plans and in its replay."""
     arguments = ["train", "--method", "l2m2", "--model", tiny_model, *TINY, "--eval-episodes", "2", "--out", "run"]
@@ -331,6 +367,14 @@ def test_a_run_is_evaluated_elsewhere(trained: Path, place: Path, capsys: pytest
     assert Path("run/evaluation.json").read_bytes() == before and read_toml(Path("run/config.toml")).env.size == 8
     assert "the saved actor doesn't fit" in complaint(["evaluate", "run", "--env.view", "3"], capsys)
     assert "--episodes is 0" in complaint(["evaluate", "run", "--episodes", "0"], capsys)
+    for name in ("../x", "/tmp/x", "a\\b", "..", "", "versions"):
+        assert "the evaluation" in complaint(["evaluate", "run", "--name", name], capsys)
+    for other in (["--method", "flat-mappo"], ["--env", "search"]):
+        line = complaint(["evaluate", "run", *other], capsys)
+        assert "run is a run of rule-goals in the world warehouse" in line
+    line = complaint(["evaluate", "run/config.toml"], capsys)
+    assert "run/config.toml is a file: echelon evaluate wants the run's folder, such as run" in line
+    assert Path("run/evaluation.json").read_bytes() == before
 
 
 def test_a_run_without_a_checkpoint_can_not_be_evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,7 +419,9 @@ def test_compare_goes_on_and_repeats_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Watch, "training", training)
         assert main(command) == 128 + signal.SIGINT
-    assert stops == [128] and "the same command goes on where it stopped (both)" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert stops == [128] and "the same command goes on where it stopped (both)" in told.err
+    assert "rule-goals │" in told.out and "flat-mappo │" not in told.out, "the table of what was finished"
     assert not Path("both/results.json").exists()
     assert [p.name for p in checkpoints_of(Path("both/flat-mappo/checkpoints"))] == ["step-000000000128"]
     first = {name: (Path("both/rule-goals") / name).read_bytes() for name in files(Path("both/rule-goals"))}
@@ -392,7 +438,7 @@ def test_compare_goes_on_and_repeats_nothing(
     assert "| rule-goals |" in table and "| flat-mappo |" in table
     # Done: nothing runs any more.
     with monkeypatch.context() as patch:
-        patch.setattr("echelon.cli._evaluate_run", lambda *args, **kwargs: pytest.fail("evaluated again"))
+        patch.setattr("echelon.evaluation.comparison.evaluate", lambda *args, **kwargs: pytest.fail("evaluated again"))
         assert main(command) == 0
     assert json.loads(Path("both/results.json").read_text()) == results
     line = complaint([*command, "--algorithm.lr", "0.1"], capsys)
@@ -441,6 +487,18 @@ def test_plan_prints_one_plan(tiny_model: str, capsys: pytest.CaptureFixture[str
     assert "planner hungarian" in capsys.readouterr().out
 
 
+def test_plan_shows_a_run_s_own_planner(trained: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan RUN` takes the run's world and planner; flags go over them."""
+    shutil.copytree(trained, "run")
+    assert main(["plan", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "planner hungarian" in out and len(out.splitlines()[0]) == 8
+    assert main(["plan", "run", "--planner", "nearest", "--env.size", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "planner nearest" in out and len(out.splitlines()[0]) == 9
+    assert main(["plan", "--help"]) == 0
+
+
 def test_a_terminal_without_unicode_gets_question_marks(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be shown is replaced; the rest is told."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -456,14 +514,17 @@ def test_bench_measures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert main(["bench", *WORLD, *LEARN, "--updates", "1"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"warehouse: [\d,]+ steps/s \(one core\)", out)
-    assert re.search(r"training flat-mappo: [\d,]+ steps/s \(.*update \d+%.*\)", out)
+    assert re.search(r"training flat-mappo: [\d,]+ steps/s \(.*learn \d+%.*\)", out)
     assert files(Path()) == []
 
 
 def test_check_env_passes_a_good_world(capsys: pytest.CaptureFixture[str]) -> None:
     """A shipped environment has no findings."""
     assert main(["check-env", "search"]) == 0
-    assert capsys.readouterr().out == "search: good\n"
+    assert main(["check-env", "warehouse", "--env.size", "9", "--env.num-agents", "2", "--env.layout", "open"]) == 0
+    assert capsys.readouterr().out == "search: good\nwarehouse: good\n"
+    assert main(["check-env", "repair", "--help"]) == 0
+    assert "--env.num-tools INT" in capsys.readouterr().out
 
 
 def test_models_in_an_empty_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,7 +214,7 @@ class _EvaluateFlags:
     episodes: int = 200
     """Episodes, one world each."""
     world_seed: int | None = None
-    """Root seed of the worlds; default: one that training never used."""
+    """Which worlds; default: those of the run's seed. Training never saw any of them, whatever its seed."""
     greedy: bool = False
     """Take each executor's most probable move instead of drawing one."""
     replay_episodes: int = 3
@@ -387,9 +387,9 @@ def _models(args: list[str]) -> int:
     class Flags:
         """List, fetch, check and remove language models: `echelon models [list|fetch|check|remove] [NAME]`."""
 
-        action: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ACTION")] = "list"
+        action: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ACTION]")] = "list"
         """list, fetch, check or remove."""
-        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = "smollm2-135m"
+        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = "smollm2-135m"
         """Which model."""
         force: bool = False
         """Fetch it again although it is there."""

@@ -45,7 +45,8 @@ class RunConfig:
     cheap_planner: str = "nearest"
     """Who plans the worlds that the language model doesn't."""
     collision_cost: float = 0.05
-    """Taken from an executor's reward for each move that another agent prevented."""
+    """Reward taken from an executor for each move that another agent prevented (a delivered package is worth 1, a
+    reached subgoal too)."""
     checkpoint_every: int = 250_000
     """Environment steps between checkpoints."""
     threads: int | None = None

@@ -114,7 +114,9 @@ def results_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
                 f"{tsr['value']:.3f} [{tsr['low']:.3f}, {tsr['high']:.3f}]",
                 "-" if steps is None else f"{steps['value']:.1f} ± {steps['high'] - steps['value']:.1f}",
                 f"{collisions['value']:.1f} ± {collisions['high'] - collisions['value']:.1f}",
-                "-" if not result.get("steps_to_tsr_90") else f"{result['steps_to_tsr_90']:,.0f}",
+                "-"
+                if not result.get("steps_to_tsr_90")
+                else f"{'≤ ' * bool(result.get('steps_to_tsr_90_is_bound'))}{result['steps_to_tsr_90']:,.0f}",
                 "-" if not result.get("training_seconds") else f"{result['training_seconds']:.0f} s",
                 f"{result['seconds']:.0f} s",
                 f"{plans.get('model_calls', 0) + result.get('training_model_calls', 0):,.0f}",

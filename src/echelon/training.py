@@ -206,18 +206,21 @@ def run_costs(folder: Path) -> dict[str, float | None]:
         "training_seconds": progress["seconds"],
         "training_model_calls": model.get("calls", 0),
         "training_model_tokens": model.get("prompt_tokens", 0),
-        "steps_to_tsr_90": _steps_to_success(folder / "metrics.jsonl", 0.9),
+        **_steps_to_success(folder / "metrics.jsonl", 0.9),
     }
 
 
-def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> float | None:
+def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> dict[str, float | None]:
     """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded.
 
-    Only episodes that the method's own planner planned count: not those of the cheap planner beside a model.
+    Only episodes that the method's own planner planned count, not those of the cheap planner beside a model. Where
+    there are such, the number is an upper bound: few worlds take long to finish that many episodes.
     """
     window: deque[tuple[int, float]] = deque()
+    shared = False
     for line in metrics.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
+        shared |= entry["own_episodes"] != entry["episodes"]
         if not entry["own_episodes"]:
             continue
         window.append((entry["own_episodes"], entry["own_episodes"] * entry["own_tsr"]))
@@ -225,8 +228,8 @@ def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> float 
             window.popleft()
         count = sum(n for n, _ in window)
         if count >= episodes and sum(won for _, won in window) >= level * count:
-            return float(entry["step"])
-    return None
+            return {"steps_to_tsr_90": float(entry["step"]), "steps_to_tsr_90_is_bound": shared}
+    return {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": shared}
 
 
 def _read_run(folder: Path) -> RunConfig:
