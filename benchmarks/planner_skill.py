@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from echelon.building import build_worlds, model_of
 from echelon.configs import RunConfig
 from echelon.envs import WarehouseConfig
 from echelon.evaluation import mean_interval, wilson
 from echelon.llm import ChoicePrompt, option_lines
 from echelon.planners.llm import LLMPlanner
-from echelon.training import build_worlds, model_of
 
 
 def main() -> None:

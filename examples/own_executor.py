@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from echelon.building import build_worlds
 from echelon.configs import RunConfig
 from echelon.envs import WarehouseConfig
 from echelon.subgoals import FEATURES, SubgoalConfig
-from echelon.training import build_worlds
 
 
 class PathFollower:

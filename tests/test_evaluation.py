@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.algorithms.mappo import MAPPOConfig
+from echelon.building import build_worlds, model_of
 from echelon.configs import RunConfig
 from echelon.envs import WarehouseConfig
 from echelon.envs.repair import RepairConfig
@@ -27,7 +28,7 @@ from echelon.executors import ModelExecutor
 from echelon.llm.choice import ChoicePrompt, ChoiceScores
 from echelon.reports.replay import parse_replay, render_replay
 from echelon.rollout import PlanTrace
-from echelon.training import Rollouts, Trainer, build_worlds, load_policy, model_of
+from echelon.training import Rollouts, Trainer, load_policy
 from tiny_model import make_tiny_model
 
 WAREHOUSE = WarehouseConfig(size=8, num_agents=2, num_packages=2, limit=40)

@@ -16,12 +16,12 @@ ROOT = Path(echelon.__file__).parent
 LAYERS = [
     {"errors", "rng", "_files"},
     {"envs"},
-    {"subgoals"},
+    {"subgoals", "_subgoal_kernels"},
     {"llm"},
     {"planners"},
     {"advantages", "networks", "buffers"},
     {"algorithms"},
-    {"methods", "configs", "rollout", "executors", "checkpoints", "training"},
+    {"methods", "configs", "rollout", "executors", "checkpoints", "building", "runs", "training"},
     {"evaluation", "reports"},
     {"cli", "console", "flags"},
     {"__main__"},
@@ -31,7 +31,8 @@ SHARED = {
     "planners": {"base"},
     "algorithms": set(),
 }
-ALLOWED_INSIDE_A_LAYER = {"methods", "configs", "rollout", "executors", "checkpoints", "training", "errors", "rng"}
+SEVENTH = {"methods", "configs", "rollout", "executors", "checkpoints", "building", "runs", "training"}
+ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels"}
 FORBIDDEN = {
     "envs": {"torch", "transformers"},
     "subgoals": {"torch"},

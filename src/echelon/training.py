@@ -10,23 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
-import os
 import platform
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 import echelon
@@ -38,204 +34,19 @@ from echelon._files import (
     only_writer,
     remove_leftovers,
 )
-from echelon.algorithms.mappo import MAPPO
 from echelon.buffers import RolloutBuffer
+from echelon.building import build_algorithm, build_worlds, settled, use_threads
 from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
-from echelon.configs import RunConfig, read_toml, to_toml
-from echelon.envs import env_name, make
+from echelon.configs import RunConfig, to_toml
 from echelon.errors import EchelonError
-from echelon.executors import Executor, LearnedExecutor, ModelExecutor
 from echelon.llm.choice import CausalChoiceModel
 from echelon.methods import method
-from echelon.networks import Precision, resolve_precision
-from echelon.planners import Planner, make_rule_planner
 from echelon.planners.llm import LLMPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
-from echelon.subgoals import FEATURES, Counts
+from echelon.runs import load_policy, read_run
+from echelon.subgoals import Counts
 
-__all__ = [
-    "Clock",
-    "Progress",
-    "Rollouts",
-    "Trainer",
-    "build_algorithm",
-    "build_executor",
-    "build_worlds",
-    "load_policy",
-    "model_of",
-]
-
-_models: dict[str, CausalChoiceModel] = {}
-
-
-def model_of(spec: str) -> CausalChoiceModel:
-    """The language model of that name, loaded once a process.
-
-    Raises:
-        EchelonError: it isn't known, isn't fetched or is damaged.
-    """
-    if spec not in _models:
-        # One thread: small batches gain little from a second, and lose tenfold where another program wants it.
-        _models[spec] = CausalChoiceModel.load(spec, threads=1)
-    return _models[spec]
-
-
-def settled(config: RunConfig) -> RunConfig:
-    """The config with everything decided that depends on the machine and on which the results depend."""
-    precision = str(resolve_precision(config.algorithm.precision)).removeprefix("torch.")
-    algorithm = dataclasses.replace(config.algorithm, precision=cast(Precision, precision))
-    # The recurrent actor's sums in parallel depend on the number of threads; all others' don't.
-    threads = (config.threads or os.cpu_count() or 1) if algorithm.recurrent else config.threads
-    return dataclasses.replace(config, algorithm=algorithm, threads=threads)
-
-
-def use_threads(config: RunConfig) -> None:
-    """Let torch use one thread of its own, since networks are computed in lanes; a recurrent actor needs them."""
-    torch.set_num_threads((config.threads or os.cpu_count() or 1) if config.algorithm.recurrent else 1)
-
-
-def build_planner(spec: str, config: RunConfig) -> Planner:
-    """The planner of that name; "llm" alone stands for the configured model."""
-    if spec == "llm":
-        return LLMPlanner(model_of(config.model))
-    if spec.startswith("llm:"):
-        return LLMPlanner(model_of(spec[4:]))
-    return make_rule_planner(spec)
-
-
-def build_worlds(
-    config: RunConfig,
-    *,
-    num_envs: int,
-    seed: int,
-    training: bool,
-    on_plan: Callable[[PlanTrace], None] | None = None,
-    trace_all: bool = False,
-) -> TeamWorlds:
-    """The worlds of a run with its planners.
-
-    Args:
-        config: the run.
-        num_envs: worlds in the batch.
-        seed: root seed of the worlds and of what planners draw.
-        training: while training, a language model plans only its share of the worlds.
-        on_plan, trace_all: see `TeamWorlds`.
-    """
-    kind = method(config.method)
-    spec = kind.train_planner if training else kind.eval_planner
-    if spec is not None and config.planner is not None:
-        spec = config.planner
-    planners: list[tuple[Planner, NDArray[np.bool_]]] = []
-    if spec is not None:
-        mine = np.ones(num_envs, bool)
-        if training and spec.startswith("llm") and kind.learns:
-            mine[:] = np.arange(num_envs) < max(1, round(config.llm_share * num_envs))
-        planners.append((build_planner(spec, config), mine))
-        if not mine.all():
-            planners.append((make_rule_planner(config.cheap_planner), ~mine))
-    env = make(
-        env_name(config.env), config.env, num_envs=num_envs, seed=seed, extra_features=FEATURES if planners else 0
-    )
-    return TeamWorlds(
-        env,
-        planners,
-        config.subgoals,
-        gamma=config.algorithm.gamma,
-        seed=seed,
-        collision_cost=config.collision_cost,
-        on_plan=on_plan,
-        trace_all=trace_all,
-    )
-
-
-def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> MAPPO:
-    """Fresh networks for a run's worlds."""
-    env = worlds.env
-    return MAPPO(
-        config.algorithm,
-        num_envs=env.num_envs,
-        num_agents=env.num_agents,
-        obs_scale=worlds.obs_scale,
-        state_scale=env.state_scale,
-        num_actions=env.num_actions,
-        team_reward=worlds.team_reward,
-        seed=config.seed,
-        threads=config.threads or os.cpu_count() or 1,
-    )
-
-
-def build_executor(config: RunConfig, worlds: TeamWorlds, policy: dict[str, torch.Tensor] | None) -> Executor:
-    """Who acts in `worlds`: the policy's tensors, an untrained policy, or the model, as the method says."""
-    if method(config.method).executor == "model":
-        return ModelExecutor(model_of(config.model), worlds.env.num_envs, config.seed)
-    algorithm = build_algorithm(config, worlds)
-    if policy is not None:
-        algorithm.load_state_dict(policy, policy_only=True)
-    return LearnedExecutor(algorithm)
-
-
-def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None]:
-    """A run's config and its newest policy (None where its method has nothing to learn).
-
-    Raises:
-        EchelonError: no run there, nothing trained yet, or damaged files.
-    """
-    config = _read_run(folder)
-    if not method(config.method).learns:
-        return config, None
-    saved = checkpoints_of(folder / "checkpoints")
-    if not saved:
-        raise EchelonError(f"run {folder} has no checkpoint yet: train it with echelon train --resume {folder}")
-    return config, load_checkpoint(saved[-1]).algorithm
-
-
-def steps_done(folder: Path) -> int:
-    """The environment steps of a run's newest checkpoint, 0 without one."""
-    saved = checkpoints_of(folder / "checkpoints")
-    return int(saved[-1].name.removeprefix("step-")) if saved else 0
-
-
-def run_costs(folder: Path) -> dict[str, float | None]:
-    """What a run's training took: seconds, the language model's calls and tokens, and steps until it succeeded."""
-    saved = checkpoints_of(folder / "checkpoints")
-    if not saved:
-        return {}
-    progress = load_checkpoint(saved[-1]).progress
-    model = progress.get("model", {})
-    return {
-        "training_seconds": progress["seconds"],
-        "training_model_calls": model.get("calls", 0),
-        "training_model_tokens": model.get("prompt_tokens", 0),
-        **_steps_to_success(folder / "metrics.jsonl", 0.9),
-    }
-
-
-def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> dict[str, float | None]:
-    """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded.
-
-    Only episodes that the method's own planner planned count, not those of the cheap planner beside a model. Where
-    there are such, the number is an upper bound: few worlds take long to finish that many episodes.
-    """
-    window: deque[tuple[int, float]] = deque()
-    shared = False
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        shared |= entry["own_episodes"] != entry["episodes"]
-        if not entry["own_episodes"]:
-            continue
-        window.append((entry["own_episodes"], entry["own_episodes"] * entry["own_tsr"]))
-        while sum(n for n, _ in window) - window[0][0] >= episodes:
-            window.popleft()
-        count = sum(n for n, _ in window)
-        if count >= episodes and sum(won for _, won in window) >= level * count:
-            return {"steps_to_tsr_90": float(entry["step"]), "steps_to_tsr_90_is_bound": shared}
-    return {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": shared}
-
-
-def _read_run(folder: Path) -> RunConfig:
-    if not (folder / "config.toml").exists():
-        raise EchelonError(f"{folder} is no run: it has no config.toml")
-    return read_toml(folder / "config.toml")
+__all__ = ["Clock", "Progress", "Rollouts", "Trainer", "load_policy"]
 
 
 @dataclass(frozen=True)
@@ -398,7 +209,7 @@ class Trainer:
         Raises:
             EchelonError: no run there, damaged files, or more steps done than asked for.
         """
-        config = _read_run(folder)
+        config = read_run(folder)
         extended = steps is not None and steps != config.steps
         if steps is not None:
             config = dataclasses.replace(config, steps=steps)

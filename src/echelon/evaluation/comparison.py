@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from echelon._files import JsonLines, atomic_write_json, atomic_write_text, explain_os_error, read_json
+from echelon.building import settled
 from echelon.configs import RunConfig, read_toml, to_toml
 from echelon.envs import env_name, make
 from echelon.errors import EchelonError
 from echelon.evaluation.episodes import evaluate
 from echelon.methods import method
 from echelon.rollout import PlanTrace
-from echelon.training import Progress, Trainer, load_policy, run_costs, settled, steps_done
+from echelon.runs import load_policy, run_costs, steps_done
+from echelon.training import Progress, Trainer
 
 __all__ = ["check_comparison", "check_name", "compare", "evaluate_run", "finished_evaluation"]
 

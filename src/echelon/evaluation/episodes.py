@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from echelon.building import build_executor, build_worlds, model_of, use_threads
 from echelon.configs import RunConfig
 from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.methods import method
 from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds
-from echelon.training import build_executor, build_worlds, model_of, use_threads
 
 __all__ = ["EpisodeResults", "evaluate", "evaluation_seed"]
 

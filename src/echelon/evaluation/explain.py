@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from echelon.building import build_worlds
 from echelon.configs import RunConfig
 from echelon.envs.kernels import UNREACHABLE
 from echelon.envs.scenes import picture
 from echelon.rollout import PlanTrace
-from echelon.training import build_worlds
 
 __all__ = ["explain_plan"]
 

@@ -1,0 +1,85 @@
+"""What a run's folder says: its config, its newest policy, what its training cost."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from echelon.checkpoints import checkpoints_of, load_checkpoint
+from echelon.configs import RunConfig, read_toml
+from echelon.errors import EchelonError
+from echelon.methods import method
+
+__all__ = ["load_policy", "read_run", "run_costs", "steps_done"]
+
+
+def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None]:
+    """A run's config and its newest policy (None where its method has nothing to learn).
+
+    Raises:
+        EchelonError: no run there, nothing trained yet, or damaged files.
+    """
+    config = read_run(folder)
+    if not method(config.method).learns:
+        return config, None
+    saved = checkpoints_of(folder / "checkpoints")
+    if not saved:
+        raise EchelonError(f"run {folder} has no checkpoint yet: train it with echelon train --resume {folder}")
+    return config, load_checkpoint(saved[-1]).algorithm
+
+
+def steps_done(folder: Path) -> int:
+    """The environment steps of a run's newest checkpoint, 0 without one."""
+    saved = checkpoints_of(folder / "checkpoints")
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def run_costs(folder: Path) -> dict[str, float | None]:
+    """What a run's training took: seconds, the language model's calls and tokens, and steps until it succeeded."""
+    saved = checkpoints_of(folder / "checkpoints")
+    if not saved:
+        return {}
+    progress = load_checkpoint(saved[-1]).progress
+    model = progress.get("model", {})
+    return {
+        "training_seconds": progress["seconds"],
+        "training_model_calls": model.get("calls", 0),
+        "training_model_tokens": model.get("prompt_tokens", 0),
+        **_steps_to_success(folder / "metrics.jsonl", 0.9),
+    }
+
+
+def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> dict[str, float | None]:
+    """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded.
+
+    Only episodes that the method's own planner planned count, not those of the cheap planner beside a model. Where
+    there are such, the number is an upper bound: few worlds take long to finish that many episodes.
+    """
+    window: deque[tuple[int, float]] = deque()
+    shared = False
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        shared |= entry["own_episodes"] != entry["episodes"]
+        if not entry["own_episodes"]:
+            continue
+        window.append((entry["own_episodes"], entry["own_episodes"] * entry["own_tsr"]))
+        while sum(n for n, _ in window) - window[0][0] >= episodes:
+            window.popleft()
+        count = sum(n for n, _ in window)
+        if count >= episodes and sum(won for _, won in window) >= level * count:
+            return {"steps_to_tsr_90": float(entry["step"]), "steps_to_tsr_90_is_bound": shared}
+    return {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": shared}
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The config of the run in `folder`.
+
+    Raises:
+        EchelonError: there is no run, or its config is damaged.
+    """
+    if not (folder / "config.toml").exists():
+        raise EchelonError(f"{folder} is no run: it has no config.toml")
+    return read_toml(folder / "config.toml")
