@@ -387,3 +387,12 @@ def test_rollouts_refuse_a_method_that_does_not_learn() -> None:
     """There is nothing to roll out for."""
     with pytest.raises(EchelonError):
         Rollouts(dataclasses.replace(RULES, method="llm-only"))
+
+
+def test_a_long_plan_can_be_stopped_between_two_batches(tiny_model: str) -> None:
+    """A model that plans for many worlds is asked in batches, and stopping doesn't wait for the last of them."""
+    config = dataclasses.replace(RULES, method="l2m2", model=tiny_model, planner=None)
+    asked = model_of(tiny_model).prompts
+    calls = iter([False, True, True, True])
+    assert evaluate(config, None, episodes=90, should_stop=lambda: next(calls)) is None
+    assert 0 < model_of(tiny_model).prompts - asked <= 64

@@ -16,6 +16,7 @@ from echelon.configs import RunConfig
 from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.methods import method
+from echelon.planners.llm import LLMPlanner
 from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds
 
@@ -90,7 +91,7 @@ def evaluate(
         record: how many episodes to record for a replay.
         on_plan: called with each planning round that costs model time.
         report: called with (episodes finished, episodes) after each step.
-        should_stop: asked after each step; stops with no result.
+        should_stop: asked after each step and between a model's batches; stops with no result.
     """
     start = time.perf_counter()
     seed = evaluation_seed(config.seed if seed is None else seed)
@@ -111,9 +112,13 @@ def evaluate(
     executor = build_executor(config, worlds, policy)
     uses_model = method(config.method).needs_model(config.planner)
     before = model_of(config.model_spec).state_dict() if uses_model else {}
-    worlds.start()
-    results = _play(worlds, executor.act, greedy, recorder, report, should_stop)
-    if results is None:
+    for planner, _ in worlds.planners:
+        if isinstance(planner, LLMPlanner):
+            planner.between = lambda answered, questions: _stop_if(should_stop)
+    try:
+        worlds.start()
+        results = _play(worlds, executor.act, greedy, recorder, report, should_stop)
+    except _StoppedError:
         return None
     plans: dict[str, float] = {}
     if worlds.tracker is not None:
@@ -127,6 +132,15 @@ def evaluate(
     return EpisodeResults(*results, time.perf_counter() - start, plans, replay)
 
 
+class _StoppedError(Exception):
+    """The caller wants no more."""
+
+
+def _stop_if(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise _StoppedError
+
+
 def _play(
     worlds: TeamWorlds,
     act: Callable[..., NDArray[np.int8]],
@@ -134,7 +148,7 @@ def _play(
     recorder: Recorder | None,
     report: Callable[[int, int], None],
     should_stop: Callable[[], bool],
-) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None:
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     env = worlds.env
     n = env.num_envs
     running = np.ones(n, bool)
@@ -157,6 +171,5 @@ def _play(
         if recorder is not None:
             recorder.frame(worlds, running)
         report(n - int(running.sum()), n)
-        if should_stop():
-            return None
+        _stop_if(should_stop)
     return success, steps, collisions, task_return

@@ -7,7 +7,7 @@ choices are joined are our choice; the paper states none of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from echelon.subgoals import Plan, PlanRequest, Verdict
 
 __all__ = ["LLMPlanner"]
 
+_BATCH = 64  # questions asked at a time: seconds, not minutes, between two looks at whether to stop
 PROMPTS = Path(__file__).parent / "prompts"
 
 
@@ -34,6 +35,8 @@ class LLMPlanner:
     Attributes:
         asked: agents for whom the model was asked; forced: agents that had only one open candidate.
         failures: times that the model gave no usable answer.
+        between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
+            so that a long plan can be stopped.
     """
 
     needs_distance = True
@@ -57,6 +60,7 @@ class LLMPlanner:
         self.shared = PromptTemplate.from_file(folder / "choose_system.txt").render()
         self.template = PromptTemplate.from_file(folder / "choose.txt")
         self.asked = self.forced = self.failures = 0
+        self.between: Callable[[int, int], None] = lambda answered, questions: None
 
     def plan(self, request: PlanRequest) -> Plan:
         """The most probable candidates, no task twice; agents for whom none is open wait."""
@@ -100,20 +104,22 @@ class LLMPlanner:
 
     def _ask(self, prompts: list[ChoicePrompt]) -> tuple[list[ChoiceScores], str | None]:
         """The model's scores, or none and the reason why."""
-        if not prompts:
-            return [], None
-        try:
-            scores = list(self.model.score(prompts))
-            good = len(scores) == len(prompts) and all(
-                len(s.logprobs) == len(p.options) and np.isfinite(s.logprobs).all()
-                for s, p in zip(scores, prompts, strict=True)
-            )
-        except Exception as error:  # whatever a user's model or its server may raise: it must not stop the run
-            self.failures += 1
-            return [], f"{type(error).__name__}: {error}"
-        if not good:
-            self.failures += 1
-            return [], f"model {self.model.name} gave scores that don't fit its questions"
+        scores: list[ChoiceScores] = []
+        for at in range(0, len(prompts), _BATCH):
+            self.between(at, len(prompts))
+            some = prompts[at : at + _BATCH]
+            try:
+                scores += self.model.score(some)
+                good = len(scores) == at + len(some) and all(
+                    len(s.logprobs) == len(p.options) and np.isfinite(s.logprobs).all()
+                    for s, p in zip(scores[at:], some, strict=True)
+                )
+            except Exception as error:  # whatever a user's model or its server may raise: it must not stop the run
+                self.failures += 1
+                return [], f"{type(error).__name__}: {error}"
+            if not good:
+                self.failures += 1
+                return [], f"model {self.model.name} gave scores that don't fit its questions"
         return scores, None
 
     def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
