@@ -430,7 +430,11 @@ def test_methods_are_those_of_the_docs() -> None:
 
 def test_planners_are_those_of_the_docs() -> None:
     text = (ROOT / "docs/planners.md").read_text(encoding="utf-8").split("```")[0]
-    assert {row[0].strip("`") for row in rows(text)} == {*planners.rule_planners(), "llm:<model>"}
+    assert {row[0].strip("`") for row in rows(text)} == {
+        *planners.rule_planners(),
+        "llm:<model>",
+        "record:<plans.jsonl>",
+    }
 
 
 def test_measured_skill_is_that_of_the_results() -> None:

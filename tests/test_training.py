@@ -692,3 +692,36 @@ def test_a_config_that_is_not_its_checkpoints_is_refused(tmp_path: Path) -> None
     path.write_text(path.read_text().replace("gamma = 0.99", "gamma = 0.9"))
     with pytest.raises(EchelonError, match=r"gamma = 0\.99 became gamma = 0\.9"):
         Trainer.resume(tmp_path / "run")
+
+
+def test_a_run_is_repeated_from_its_record_without_the_model(tiny_model: str, tmp_path: Path) -> None:
+    """The same weights, worlds and metrics, stopped and resumed on the way; a record of another run is no answer."""
+    config = run_config(method="l2m2", model=tiny_model, llm_share=0.25)
+    first = straight(config, tmp_path / "first")
+    again = dataclasses.replace(config, model="none", planner=f"record:{first / 'plans.jsonl'}")
+    stops = iter([False, False, False, True])
+    assert not Trainer(again, tmp_path / "again").run(should_stop=lambda: next(stops))
+    finish(tmp_path / "again")
+
+    def plain(folder: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("model_")} for line in lines]
+
+    assert plain(first) == plain(tmp_path / "again")
+    for part in ("worlds.safetensors", "algorithm.safetensors"):
+        found = [(checkpoints_of(f / "checkpoints")[-1] / part).read_bytes() for f in (first, tmp_path / "again")]
+        assert found[0] == found[1]
+    other = Trainer(dataclasses.replace(again, seed=5), tmp_path / "other")
+    assert other.run()
+    assert other.worlds.planners[0][0].state_dict()["missed"] > 0
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", '{"world": 0}', '{"world": 0, "agents": [{"agent": 1}]}', "[1]"])
+def test_a_record_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
+    """A missing, empty or broken record names the file and, where there is one, the line."""
+    path = tmp_path / "plans.jsonl"
+    with pytest.raises(EchelonError, match=r"record .*plans\.jsonl: No such file"):
+        Trainer(run_config(planner=f"record:{path}"), tmp_path / "run")
+    path.write_text(text)
+    with pytest.raises(EchelonError, match=r"record .*plans\.jsonl"):
+        Trainer(run_config(planner=f"record:{path}"), tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from echelon.methods import method
 from echelon.networks import Precision, resolve_precision
 from echelon.planners import Planner, make_rule_planner
 from echelon.planners.llm import LLMPlanner
+from echelon.planners.recorded import RecordedPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.subgoals import FEATURES
 
@@ -68,6 +70,8 @@ def build_planner(spec: str, config: RunConfig) -> Planner:
         return LLMPlanner(model_of(config.model))
     if spec.startswith("llm:"):
         return LLMPlanner(model_of(spec[4:]))
+    if spec.startswith("record:"):
+        return RecordedPlanner(Path(spec.removeprefix("record:")))
     return make_rule_planner(spec)
 
 
@@ -98,7 +102,10 @@ def build_worlds(
         mine = np.ones(num_envs, bool)
         if training and spec.startswith("llm") and kind.learns:
             mine[:] = np.arange(num_envs) < max(1, round(config.llm_share * num_envs))
-        planners.append((build_planner(spec, config), mine))
+        planner = build_planner(spec, config)
+        if isinstance(planner, RecordedPlanner):
+            mine[:] = np.isin(np.arange(num_envs), planner.worlds)
+        planners.append((planner, mine))
         if not mine.all():
             planners.append((make_rule_planner(config.cheap_planner), ~mine))
     env = make(

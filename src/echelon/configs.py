@@ -36,7 +36,8 @@ class RunConfig:
     seed: int = 0
     """The root seed: it alone decides everything."""
     planner: str | None = None
-    """Another planner than the method's own: random, random-task, nearest, hungarian or llm:<model>."""
+    """Another planner than the method's own: random, random-task, nearest, hungarian, llm:<model> or
+    record:<plans.jsonl>."""
     model: str = "smollm2-135m"
     """The language model of methods that plan with one: a known name or hf:<folder>."""
     llm_share: float = 1 / 64

@@ -144,7 +144,7 @@ class PlanRequest:
         walls: gives bool `(n, cells)`, true where nobody can go.
         scene: the structured view of a world, built when asked for.
         text: a candidate in words: (row, agent, candidate, *, brief=False) -> str.
-        row_col: a flat cell as (row, col).
+        row_col: a flat cell as (row, col); cell_index: (row, col) as a flat cell.
     """
 
     rows: NDArray[np.int64]
@@ -160,6 +160,7 @@ class PlanRequest:
     scene: Callable[[int], Scene]
     text: Callable[..., str]
     row_col: Callable[[int], tuple[int, int]]
+    cell_index: Callable[[int, int], int]
 
     def where(self, i: int, a: int) -> tuple[int, int]:
         """The cell (row, col) of agent `a` in row `i`."""
@@ -336,6 +337,7 @@ class SubgoalTracker:
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
             np.zeros(candidates.kind.shape, bool), lambda: (env.grid[rows] & WALL) != 0, env.scene,
             lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief), env.row_col,
+            env.cell_index,
         )  # fmt: skip
 
     def distances(self, request: PlanRequest, which: NDArray[np.bool_]) -> NDArray[np.uint16]:

@@ -1,4 +1,4 @@
-"""Planners: how subgoals are chosen. `llm:<model>` is in `planners.llm`."""
+"""Planners: how subgoals are chosen. `llm:<model>` is in `planners.llm`, `record:<file>` in `planners.recorded`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_rule_planner(name: str) -> Planner:
         EchelonError: unknown name.
     """
     if name not in _REGISTRY:
-        raise unknown_name("planner", name, [*_REGISTRY, "llm:<model>"])
+        raise unknown_name("planner", name, [*_REGISTRY, "llm:<model>", "record:<plans.jsonl>"])
     return _REGISTRY[name]()
 
 
