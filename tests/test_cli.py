@@ -695,4 +695,17 @@ def test_on_a_terminal_there_is_a_live_display(monkeypatch: pytest.MonkeyPatch) 
         watch._bars.refresh()
         watch.end("l2m2")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
-    assert re.search(r"l2m2 .* 25%\s+1,234 steps/s +TSR  -   +\[step 25% update 75%\]", text)
+    assert re.search(r"l2m2 .* 25%\s+1,234 steps/s +TSR - +\[step 25% update 75%\]", text)
+
+
+def test_a_narrow_terminal_shows_speed_success_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 80 columns there is room for the split between the levels, and for all the rest."""
+    shown = io.StringIO()
+    monkeypatch.setattr("echelon.console.console", Console(file=shown, force_terminal=True, width=80))
+    watch = Watch()
+    with watch:
+        watch.training("rule-goals", Progress(1000, 4000, {"tsr": 1.0}, 123456.0, {"plan": 0.25, "learn": 0.75}))
+        watch._bars.refresh()
+        watch.end("rule-goals")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert re.search(r"rule-goals .* 25% 123,456 steps/s TSR 1\.00 \[plan 25%\] \d:\d\d", text)

@@ -60,7 +60,7 @@ class Watch:
         self._live = console.is_terminal
         self._told = time.monotonic()
         self._bars = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24 if console.width >= 100 else 12),
             TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[info]}", markup=False),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
@@ -93,9 +93,12 @@ class Watch:
     def training(self, what: str, progress: TrainingProgress) -> None:
         """Show a training run's progress: speed, success, where the time goes."""
         tsr = progress.metrics["tsr"]
-        success = "TSR  -  " if tsr is None else f"TSR {tsr:.2f}"
+        success = "TSR -" if tsr is None else f"TSR {tsr:.2f}"
         where = " ".join(f"{stage} {share:.0%}" for stage, share in progress.shares.items() if share >= 0.01)
-        self.show(what, progress.step, progress.steps, f"{progress.rate:>7,.0f} steps/s  {success}  [{where}]")
+        if self._live and console.width < 160:
+            # A narrow terminal has room for how the time splits between the levels, not between all stages.
+            where = f"plan {progress.shares.get('plan', 0.0):.0%}"
+        self.show(what, progress.step, progress.steps, f"{progress.rate:,.0f} steps/s {success} [{where}]")
 
 
 def results_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
