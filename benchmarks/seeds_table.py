@@ -56,7 +56,7 @@ def main() -> None:
         if not folders:
             continue
         print(f"## {env}, 20×20, 4 agents\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        for method in ("rule-goals", "flat-mappo", "random-goals"):
+        for method in ("rule-goals", "l2m2", "flat-mappo", "random-goals"):
             files = [f / method / "evaluation.json" for f in folders]
             if found := [json.loads(f.read_text()) for f in files if f.exists()]:
                 print(row(method, found))
