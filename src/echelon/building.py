@@ -45,7 +45,7 @@ def model_of(spec: str) -> CausalChoiceModel:
         EchelonError: it isn't known, isn't fetched or is damaged.
     """
     if spec not in _models:
-        # One thread: small batches gain little from a second, and lose tenfold where another program wants it.
+        # One thread: two that wait for each other lose several times over where another program wants a core.
         _models[spec] = CausalChoiceModel.load(spec, threads=1)
     return _models[spec]
 

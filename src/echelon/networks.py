@@ -56,7 +56,7 @@ class Lanes:
     A batch is always cut into the same pieces, whatever the number of threads, and their sums are added in
     order: threads change the speed, not one bit of the result. Each thread works alone on its piece, instead
     of all together on each product, so a busy core delays its own piece only: with OpenMP's barriers a second
-    program on the machine made training 10 to 60 times slower (measured), with lanes about twice.
+    program on the machine made training 4 to 45 times slower, with lanes about twice (`docs/results/speed.md`).
     """
 
     COUNT = 4

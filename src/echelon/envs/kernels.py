@@ -43,9 +43,6 @@ WALL, AGENT, POINT, UNSEEN = 1, 2, 4, 8
 _CLAIM = 128
 UNREACHABLE = np.uint16(65535)
 
-# The five moves: stay, north, east, south, west.
-STAY, NORTH, EAST, SOUTH, WEST = 0, 1, 2, 3, 4
-
 
 @numba.njit(inline="always", cache=True)
 def clip8(x: int) -> int:
