@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from echelon.advantages import gae
+from echelon.advantages import gae, td_lambda
 
 Array = NDArray[np.float32]
 
@@ -139,3 +139,69 @@ def test_worlds_do_not_touch_each_other_and_inputs_may_be_views() -> None:
     whole, _ = gae(r, v, n, terminated, ended, gamma=0.97, lam=0.9)
     part, _ = gae(*(x[:, 2:3, ::2] for x in (r, v, n, terminated, ended)), gamma=0.97, lam=0.9)
     np.testing.assert_array_equal(part, whole[:, 2:3, ::2])
+
+
+# -- TD(lambda) --------------------------------------------------------------------------------
+
+
+def n_step_mixture(
+    r: Array, v: Array, terminated: NDArray[np.bool_], ended: NDArray[np.bool_], gamma: float, lam: float, t: int
+) -> float:
+    """The λ-return by its definition: n-step returns weighed by (1 - λ) λ^(n-1), the last by what is left."""
+    total, reward, weight = 0.0, 0.0, 1.0
+    for k in range(t, len(r)):
+        reward += gamma ** (k - t) * float(r[k])
+        n_step = reward + (0.0 if terminated[k] else gamma ** (k - t + 1) * float(v[k]))
+        if ended[k] or k == len(r) - 1:
+            return total + weight * n_step
+        total += weight * (1 - lam) * n_step
+        weight *= lam
+    raise AssertionError
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(rollouts(), st.floats(0, 1), st.floats(0, 1))
+def test_td_lambda_is_the_mixture_of_n_step_returns(
+    rollout: tuple[Array, Array, Array, NDArray[np.bool_], NDArray[np.bool_]], gamma: float, lam: float
+) -> None:
+    r, v, _, terminated, ended = rollout
+    got = td_lambda(r, v, terminated, ended, gamma=gamma, lam=lam)
+    assert got.shape == r.shape and got.dtype == np.float32
+    for index in np.ndindex(*r.shape[1:]):
+        one = [x[(slice(None), *index)] for x in (r, v, terminated, ended)]
+        wanted = [n_step_mixture(*one, gamma, lam, t) for t in range(len(r))]
+        np.testing.assert_allclose(got[(slice(None), *index)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_td_lambda_by_hand() -> None:
+    # gamma = lam = 1/2. From behind: 3 + 0.5*8 = 7 (the rollout stops: bootstrap); 2 (terminated: the 100 is never
+    # looked at); 1 + 0.5*(0.5*4 + 0.5*2) = 2.5.
+    r, v = column(1, 2, 3), column(4, 100, 8)
+    over = td_lambda(r, v, flags(0, 1, 0), flags(0, 1, 0), gamma=0.5, lam=0.5)
+    assert over[:, 0].tolist() == [2.5, 2, 7]
+    # Cut by a time limit instead, with a true last state worth 10: 2 + 0.5*10 = 7; 1 + 0.5*(0.5*4 + 0.5*7) = 3.75.
+    cut = td_lambda(r, column(4, 10, 8), flags(0, 0, 0), flags(0, 1, 0), gamma=0.5, lam=0.5)
+    assert cut[:, 0].tolist() == [3.75, 7, 7]
+
+
+def test_td_lambda_of_0_looks_one_step_ahead_and_of_1_to_the_end() -> None:
+    rng = np.random.default_rng(2)
+    r, v = (rng.normal(size=(6, 3)).astype(np.float32) for _ in range(2))
+    terminated = np.zeros((6, 3), bool)
+    terminated[3, 1] = True
+    one = td_lambda(r, v, terminated, terminated, gamma=0.9, lam=0.0)
+    np.testing.assert_allclose(one, r + 0.9 * np.where(terminated, 0, v), rtol=1e-5, atol=1e-6)
+    end = td_lambda(r, v, terminated, terminated, gamma=0.9, lam=1.0)
+    powers = 0.9 ** np.arange(7)
+    assert end[0, 0] == pytest.approx(float((powers[:6] * r[:, 0]).sum() + powers[6] * v[5, 0]), rel=1e-4)
+    assert end[0, 1] == pytest.approx(float((powers[:4] * r[:4, 1]).sum()), rel=1e-4)
+
+
+def test_td_lambda_agrees_with_gae() -> None:
+    """With values that are consistent in time, the λ-return is the advantage plus the value."""
+    rng = np.random.default_rng(4)
+    r, values = rng.normal(size=(8, 5)).astype(np.float32), rng.normal(size=(9, 5)).astype(np.float32)
+    terminated = rng.random((8, 5)) < 0.2
+    _, returns = gae(r, values[:-1], values[1:], terminated, terminated, gamma=0.95, lam=0.7)
+    got = td_lambda(r, values[1:], terminated, terminated, gamma=0.95, lam=0.7)
+    np.testing.assert_allclose(got, returns, rtol=1e-4, atol=1e-5)

@@ -532,7 +532,7 @@ def test_a_time_limit_bootstraps_from_the_true_last_observation(method: str) -> 
     rollouts.collect()
     buffer, algorithm = rollouts.buffer, rollouts.algorithm
     assert len(buffer.finals) == 1
-    t, worlds, obs, state = buffer.finals[0]
+    t, worlds, obs, state, _ = buffer.finals[0]
     assert t == 4 and list(worlds) == list(range(8))
     assert not np.array_equal(state, buffer.state[t + 1])
     assert buffer.begins[t + 1].all() and buffer.ended[t].all()

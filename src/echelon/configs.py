@@ -8,17 +8,18 @@ import math
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from echelon.algorithms.mappo import MAPPOConfig
+from echelon.algorithms import AlgorithmConfig, config_of
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import method
 from echelon.subgoals import SubgoalConfig
 
-__all__ = ["RunConfig", "from_toml", "read_toml", "to_toml"]
+__all__ = ["RunConfig", "from_toml", "read_toml", "read_toml_file", "to_toml", "toml_line", "typed"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class RunConfig:
     llm_share: float = 1 / 64
     """Share of the worlds (at least one) that the language model plans while executors learn; the other worlds
     are planned by cheap_planner."""
-    cheap_planner: str = "nearest"
-    """Who plans the worlds that the language model doesn't."""
+    cheap_planner: str = ""
+    """Who plans the worlds that the language model doesn't; l2m2-qmix: random unless given."""
     collision_cost: float = 0.05
     """Reward taken from an executor for each move that another agent prevented (a delivered package is worth 1, a
     reached subgoal too)."""
@@ -53,13 +54,23 @@ class RunConfig:
     threads: int | None = None
     """Processor threads to compute with; default: all cores. Results don't depend on it (with algorithm.recurrent
     they do)."""
-    subgoals: SubgoalConfig = field(default_factory=SubgoalConfig)
-    """When agents get new subgoals, and what they are worth."""
-    algorithm: MAPPOConfig = field(default_factory=MAPPOConfig)
-    """How executors learn."""
+    subgoals: SubgoalConfig = cast(SubgoalConfig, None)  # noqa: RUF009
+    """When agents get new subgoals, and what they are worth; default: the method's own."""
+    algorithm: AlgorithmConfig = cast(AlgorithmConfig, None)  # noqa: RUF009
+    """How executors learn; default: as the method's algorithm does by default."""
 
     def __post_init__(self) -> None:
-        method(self.method)
+        classes = _tables(self.method)
+        for name, cls in classes.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, cls(**method(self.method).settings.get(name, {})))
+        if not self.cheap_planner:
+            object.__setattr__(self, "cheap_planner", method(self.method).cheap_planner)
+        if type(self.algorithm) is not classes["algorithm"]:
+            raise EchelonError(
+                f"method {self.method} learns by {method(self.method).algorithm}: its settings are "
+                f"{classes['algorithm'].__name__}, not {type(self.algorithm).__name__}"
+            )
         for part, prefix in (
             (self, ""),
             (self.env, "env."),
@@ -84,10 +95,25 @@ class RunConfig:
         if self.planner is not None and method(self.method).train_planner is None:
             raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
 
+    def with_method(self, name: str) -> RunConfig:
+        """The same run of another method: settings that this one left at its own defaults get the other's."""
+        own, classes = RunConfig(method=self.method), _tables(name)
+        planner = "" if self.cheap_planner == own.cheap_planner else self.cheap_planner
+        kept = {
+            key: None if value == getattr(own, key) or type(value) is not classes[key] else value
+            for key, value in ((key, getattr(self, key)) for key in classes)
+        }
+        return dataclasses.replace(self, method=name, cheap_planner=planner, **cast(Any, kept))
+
     @property
     def model_spec(self) -> str:
         """The language model that takes part, where one does: the planner's own, else `model`."""
         return self.planner[4:] if self.planner is not None and self.planner.startswith("llm:") else self.model
+
+
+def _tables(name: str) -> dict[str, type[Any]]:
+    """The classes of a method's tables of settings."""
+    return {"subgoals": SubgoalConfig, "algorithm": config_of(method(name).algorithm)}
 
 
 def to_toml(config: RunConfig) -> str:
@@ -98,19 +124,22 @@ def to_toml(config: RunConfig) -> str:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             tables.append(f"\n[{f.name}]")
-            tables.extend(_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))
+            tables.extend(toml_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))
         else:
-            lines.append(_line(f.name, value))
+            lines.append(toml_line(f.name, value))
     return "\n".join(line for line in [*lines, *tables] if line) + "\n"
 
 
-def _line(name: str, value: object) -> str:
+def toml_line(name: str, value: object) -> str:
+    """`name = value` in TOML; nothing for None, which TOML can't say."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return f"{name} = {str(value).lower()}"
     if isinstance(value, int | float):
         return f"{name} = {value!r}"
+    if isinstance(value, tuple):
+        return f"{name} = [{', '.join(toml_line('', item).removeprefix(' = ') for item in value)}]"
     # A TOML string is escaped as JSON's, but for DEL.
     text = json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     return f"{name} = {text}"
@@ -122,13 +151,17 @@ def read_toml(path: Path) -> RunConfig:
     Raises:
         EchelonError: no such file, not TOML, an unknown key (names the nearest) or a value of the wrong type.
     """
+    return from_toml(read_toml_file(path, "config"), str(path))
+
+
+def read_toml_file(path: Path, what: str) -> dict[str, Any]:
+    """The TOML document in a file; a missing or broken one is one clear line that names `what` it is."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise EchelonError(f"config {path}: {error.strerror or error}") from None
+        raise EchelonError(f"{what} {path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EchelonError(f"config {path} isn't TOML: {error}") from None
-    return from_toml(data, str(path))
+        raise EchelonError(f"{what} {path} isn't TOML: {error}") from None
 
 
 def from_toml(data: dict[str, Any], source: str = "config") -> RunConfig:
@@ -138,23 +171,33 @@ def from_toml(data: dict[str, Any], source: str = "config") -> RunConfig:
     known = environments()
     if not isinstance(name, str) or name not in known:
         raise unknown_name("environment", str(name), known)
-    nested = {"env": known[name], "subgoals": SubgoalConfig, "algorithm": MAPPOConfig}
+    kind = method(str(data.get("method", RunConfig.method)))
     values: dict[str, Any] = {}
-    for key, cls in nested.items():
+    for key, cls in {"env": known[name], **_tables(kind.name)}.items():
         table = data.pop(key, {})
         if not isinstance(table, dict):
             raise EchelonError(f"{source}: {key} must be a table, [{key}]")
-        values[key] = cls(**_typed(cls, table, f"{source}: {key}."))
-    return RunConfig(**values, **_typed(RunConfig, data, f"{source}: "))
+        values[key] = cls(**{**kind.settings.get(key, {}), **typed(cls, table, f"{source}: {key}.")})
+    return RunConfig(**values, **typed(RunConfig, data, f"{source}: ", ("environment",)))
 
 
-def _typed(cls: type[Any], table: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values of `table` as the dataclass `cls` wants them."""
+def typed(cls: type[Any], table: dict[str, Any], where: str, others: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a TOML table as the dataclass `cls` wants them.
+
+    Args:
+        cls: a dataclass; its fields are numbers, words, paths, literals, or tuples of them.
+        table: what was read.
+        where: what an error's line begins with.
+        others: keys that are known too, though not to `cls`.
+
+    Raises:
+        EchelonError: an unknown key (names the nearest) or a value of the wrong type.
+    """
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in table.items():
         if key not in hints:
-            raise unknown_name(f"key in {where.rstrip('.: ')}", key, [*hints, "environment"])
+            raise unknown_name(f"key in {where.rstrip('.: ')}", key, [*hints, *others])
         values[key] = _convert(value, hints[key], f"{where}{key}")
     return values
 
@@ -166,6 +209,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             if value in typing.get_args(option):
                 return value
             raise unknown_name(where, str(value), [str(a) for a in typing.get_args(option)])
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_convert(item, typing.get_args(option)[0], f"{where}[{i}]") for i, item in enumerate(value))
         if option is Path and isinstance(value, str):
             return Path(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["EchelonError", "unknown_name"]
+__all__ = ["BusyError", "EchelonError", "StorageError", "unknown_name"]
 
 
 class EchelonError(Exception):
     """Something the user can mend: what is wrong, where, and what would be right, in one line."""
+
+
+class StorageError(EchelonError):
+    """A file or folder that can't be written: the disk's trouble, not that of the run that met it."""
+
+
+class BusyError(StorageError):
+    """A folder that another process is writing."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> EchelonError:

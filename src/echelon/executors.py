@@ -1,4 +1,4 @@
-"""Who picks the moves: a learned policy, or the language model itself (L2M2's control B)."""
+"""Who picks the moves: a learned policy, the language model itself (L2M2's control B), or a classical planner."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.algorithms.mappo import MAPPO
-from echelon.envs.base import ACTIONS
+from echelon.algorithms import Algorithm
+from echelon.envs.base import ACTIONS, SubgoalKind
+from echelon.envs.kernels import WALL
+from echelon.errors import EchelonError
 from echelon.llm.choice import ChoiceModel, ChoicePrompt
 from echelon.llm.prompts import PromptTemplate, option_lines
 from echelon.networks import sample_actions
+from echelon.pibt import parking_field, pibt_moves, pibt_scratch
 from echelon.rng import spawn_keys
 from echelon.rollout import TeamWorlds
 
-__all__ = ["Executor", "LearnedExecutor", "ModelExecutor"]
+__all__ = ["Executor", "LearnedExecutor", "ModelExecutor", "PIBTExecutor"]
 
 _PROMPTS = Path(__file__).parent / "planners" / "prompts"
 _NEAR = 5  # cells: what the prompt calls near
@@ -33,7 +36,7 @@ class Executor(Protocol):
 class LearnedExecutor:
     """Acts as an algorithm's present policy does."""
 
-    def __init__(self, algorithm: MAPPO) -> None:
+    def __init__(self, algorithm: Algorithm) -> None:
         """`algorithm` must have been built for the number of worlds that it will act in."""
         self.algorithm = algorithm
 
@@ -106,3 +109,42 @@ class ModelExecutor:
         load = "carries something" if loaded else "carries nothing"
         text = self.template.render(load=load, way=way, options=option_lines(words))
         return ChoicePrompt(self.shared, text, words)
+
+
+class PIBTExecutor:
+    """Takes every agent to its subgoal on shortest paths without a collision: see `echelon.pibt`.
+
+    It sees what no learned executor does: the whole map and everybody's subgoal. An agent's priority counts the steps
+    since its last subgoal ended (reached, failed or too late); agents that wait, or have no subgoal, make way and
+    leave dead ends.
+    """
+
+    def __init__(self, worlds: TeamWorlds, seed: int = 0) -> None:
+        """Act in `worlds`; `seed` decides between equally good moves.
+
+        Raises:
+            EchelonError: nobody sets subgoals in these worlds.
+        """
+        if worlds.tracker is None:
+            raise EchelonError("a classical executor needs a planner that sets subgoals: this team is flat")
+        env = worlds.env
+        self.tracker = worlds.tracker
+        self.waited = np.zeros((env.num_envs, env.num_agents), np.int32)
+        self.keys, self.counters = spawn_keys(seed, (5,), env.num_envs), np.zeros(env.num_envs, np.uint64)
+        self._parking = np.zeros((env.num_envs, env.num_cells), np.uint16)
+        self._scratch = pibt_scratch(env.num_agents, env.num_cells)
+
+    def act(self, worlds: TeamWorlds, *, greedy: bool = False) -> NDArray[np.int8]:
+        """Moves for all agents of all worlds, int8 `(W, A)`; `greedy` changes nothing."""
+        env, tracker = worlds.env, self.tracker
+        for w in np.flatnonzero(worlds.begins):
+            parking_field(self._parking[w], (env.grid[w] & WALL) == 0, env.offsets)
+        busy = tracker.kind > SubgoalKind.WAIT
+        # A wait that is over is no new goal.
+        fresh = worlds.begins[:, None] | (tracker.ended & busy)
+        moves = np.empty(self.waited.shape, np.int8)
+        pibt_moves(
+            env.pos, worlds.mask, tracker.field, self._parking, busy, fresh, self.waited, env.offsets, self.keys, self.counters, moves,
+            self._scratch,
+        )  # fmt: skip
+        return moves

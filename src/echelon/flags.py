@@ -31,6 +31,7 @@ from echelon.configs import RunConfig, from_toml, read_toml
 from echelon.envs import GridConfig, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import methods
+from echelon.subgoals import SubgoalConfig
 
 __all__ = ["env_flags", "parse", "run_flags", "run_folder"]
 
@@ -140,6 +141,17 @@ def _take(args: list[str], flag: str) -> str | None:
     return None
 
 
+def _peek(args: list[str], flag: str) -> str | None:
+    """What `flag VALUE` (or `flag=VALUE`) says last; `args` stay as they are."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            found = args[i + 1]
+        elif arg.startswith(f"{flag}="):
+            found = arg[len(flag) + 1 :]
+    return found
+
+
 def run_flags(
     command: str,
     args: list[str],
@@ -150,7 +162,7 @@ def run_flags(
 ) -> tuple[RunConfig, T]:
     """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`).
 
-    `--env NAME` picks the environment, whose settings are then flags.
+    `--env NAME` picks the environment and `--method NAME` the algorithm, whose settings are then flags.
     """
     file, name = _take(args, "--config"), _take(args, "--env")
     if file is not None:
@@ -161,9 +173,16 @@ def run_flags(
     if name is not None and name not in known:
         raise unknown_name("environment", name, known)
     env = base.env if name is None or type(base.env) is known[name] else known[name]()
+    if (wanted := _peek(args, "--method")) is not None:
+        # A method brings the settings of its algorithm, which are then flags.
+        base = base.with_method(wanted)
     flags = dataclasses.make_dataclass(
         "Flags",
-        [("env", type(env), dataclasses.field(default_factory=type(env)))],
+        [
+            ("env", type(env), dataclasses.field(default_factory=type(env))),
+            ("subgoals", SubgoalConfig, dataclasses.field(default_factory=SubgoalConfig)),
+            ("algorithm", type(base.algorithm), dataclasses.field(default_factory=type(base.algorithm))),
+        ],
         bases=(extra, RunConfig),
         frozen=True,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from echelon.errors import unknown_name
 
@@ -20,14 +21,20 @@ class Method:
         train_planner: who sets subgoals while executors learn; None for a flat team. "llm" stands for the
             configured model.
         eval_planner: who sets them afterwards.
-        executor: who picks the moves: a learned policy, an untrained one, or the language model itself.
+        executor: who picks the moves: a learned policy, an untrained one, the language model itself, or PIBT.
+        algorithm: how a policy learns.
+        cheap_planner: who plans, while executors learn, the worlds that a language model doesn't.
+        settings: what of a run's tables (`subgoals`, `algorithm`) this method sets unless the run says otherwise.
     """
 
     name: str
     summary: str
     train_planner: str | None
     eval_planner: str | None
-    executor: Literal["learned", "untrained", "model"] = "learned"
+    executor: Literal["learned", "untrained", "model", "pibt"] = "learned"
+    algorithm: str = "mappo"
+    cheap_planner: str = "nearest"
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def learns(self) -> bool:
@@ -71,5 +78,16 @@ register(Method("llm-untrained", "the language model sets subgoals for untrained
                 "llm", "llm", "untrained"))  # fmt: skip
 register(Method("random-goals", "random cells as subgoals, MAPPO executors (control C)", "random", "random"))
 register(Method("rule-goals", "optimal assignment sets subgoals, MAPPO executors", "hungarian", "hungarian"))
+register(Method("flat-ippo", "IPPO: as flat-mappo, each agent's critic seeing what the agent sees", None, None,
+                algorithm="ippo"))  # fmt: skip
+register(Method("qmix", "QMIX without subgoals, on the task reward", None, None, algorithm="qmix"))
+register(Method("vdn", "VDN without subgoals, on the task reward", None, None, algorithm="vdn"))
+# L2M2 of IJCAI 2025: one of eight directions an agent, every several steps, for the whole team; the executors'
+# reward is the task's plus the subgoal's.
+register(Method("l2m2-qmix", "the model gives each agent one of 8 directions, QMIX executors follow them", "llm", "llm",
+                algorithm="qmix", cheap_planner="random",
+                settings={"subgoals": {"space": "direction", "every": 10, "scope": "team", "task_weight": 1.0}},
+                ))  # fmt: skip
+register(Method("classical", "optimal assignment and PIBT: nothing is learnt", None, "hungarian", "pibt"))
 register(Method("direct-integration", "executors trained under optimal assignment, then planned for by the model",
                 "hungarian", "llm"))  # fmt: skip

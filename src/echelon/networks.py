@@ -27,6 +27,7 @@ __all__ = [
     "Precision",
     "RecurrentMLP",
     "ValueNorm",
+    "epsilon_greedy",
     "fast_bfloat16",
     "ppo_policy_gradient",
     "resolve_precision",
@@ -252,7 +253,12 @@ class RecurrentMLP(torch.nn.Module):
                     torch.nn.init.zeros_(p)
 
     def forward(self, x: Tensor, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs for a sequence.
+        """Outputs for a sequence, float32 `(T, B, outputs)`, and the last state, float32 `(B, hidden)`; see `unroll`."""
+        out, states = self.unroll(x, hidden, begins)
+        return out, states[-1]
+
+    def unroll(self, x: Tensor, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and states for a sequence.
 
         Args:
             x: `(T, B, inputs)`.
@@ -260,7 +266,7 @@ class RecurrentMLP(torch.nn.Module):
             begins: bool `(T, B)`, where a new episode begins (the state is zeroed before the step).
 
         Returns:
-            float32 `(T, B, outputs)` and the last state, float32 `(B, hidden)`.
+            float32 `(T, B, outputs)` and the state after each step, float32 `(T, B, hidden)`.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = torch.relu(self.first(x.float() * self._scale))
@@ -268,7 +274,8 @@ class RecurrentMLP(torch.nn.Module):
             for t in range(x.shape[0]):
                 hidden = self.gru(features[t], hidden * (~begins[t]).unsqueeze(-1)).float()
                 states.append(hidden)
-            return self.last(torch.stack(states)).float(), hidden
+            kept = torch.stack(states)
+            return self.last(kept).float(), kept
 
 
 class ValueNorm:
@@ -331,6 +338,41 @@ def sample_actions(logits, mask, keys, counters, greedy, actions, logp):  # type
                             break
             actions[w, a] = best
             logp[w, a] = logits[w, a, best] - top - np.log(total)
+        counters[w] += np.uint64(1)
+
+
+@numba.njit(cache=True)
+def epsilon_greedy(values, mask, keys, counters, epsilon, actions):  # type: ignore[no-untyped-def]
+    """The legal action of the greatest value in each row, or with probability `epsilon` any legal one.
+
+    World w's draws depend on (keys[w], counters[w]) alone; `counters` moves on by one.
+
+    Args:
+        values: float32 `(W, A, actions)`; mask: uint8, the same shape, with at least one 1 a row.
+        keys, counters: uint64 `(W,)`.
+        epsilon: 0 (of equals the first) to 1 (each legal action is as probable as any other).
+        actions: int8 `(W, A)`, written.
+    """
+    num = values.shape[2]
+    for w in range(values.shape[0]):
+        for a in range(values.shape[1]):
+            best, legal = -1, 0
+            for k in range(num):
+                if mask[w, a, k]:
+                    legal += 1
+                    if best < 0 or values[w, a, k] > values[w, a, best]:
+                        best = k
+            u = uniform(keys[w], counters[w] * np.uint64(64) + np.uint64(a))
+            if u < epsilon:
+                # Given that it is below epsilon, the draw is uniform there: it says which one, too.
+                left = min(int(u / epsilon * legal), legal - 1)
+                for k in range(num):
+                    if mask[w, a, k]:
+                        best = k
+                        if left == 0:
+                            break
+                        left -= 1
+            actions[w, a] = best
         counters[w] += np.uint64(1)
 
 

@@ -48,6 +48,7 @@ def run_costs(folder: Path) -> dict[str, float | None]:
         "training_seconds": progress["seconds"],
         "training_model_calls": model.get("calls", 0),
         "training_model_tokens": model.get("prompt_tokens", 0),
+        "training_model_seconds": model.get("seconds", 0.0),
         **_steps_to_success(folder / "metrics.jsonl", 0.9),
     }
 

@@ -130,7 +130,6 @@ class Rollouts:
         self.algorithm.begin_rollout()
         for t in range(buffer.steps):
             self._see(t)
-            buffer.mask[t] = worlds.mask
             clock.lap("store")
             buffer.actions[t], buffer.logp[t] = self.algorithm.act(worlds.obs, worlds.mask, worlds.begins)
             clock.lap("act")
@@ -140,7 +139,7 @@ class Rollouts:
             if env.truncated.any():
                 cut = np.flatnonzero(env.truncated)
                 state = env.states(np.empty((len(cut), env.state_size), np.int8), cut)
-                buffer.finals.append((t, cut, worlds.obs[cut], state))
+                buffer.finals.append((t, cut, worlds.obs[cut], state, worlds.mask[cut]))
             clock.lap("step")
             done = worlds.settle()
             np.logical_or(done[:, None], worlds.cut, out=buffer.ended[t])
@@ -157,6 +156,7 @@ class Rollouts:
 
     def _see(self, t: int) -> None:
         self.buffer.obs[t] = self.worlds.obs
+        self.buffer.mask[t] = self.worlds.mask
         self.worlds.env.states(self.buffer.state[t])
         self.buffer.begins[t] = self.worlds.begins
 
@@ -233,12 +233,15 @@ class Trainer:
         self,
         report: Callable[[Progress], None] = lambda progress: None,
         should_stop: Callable[[], bool] = lambda: False,
+        *,
+        until: int | None = None,
     ) -> bool:
         """Train up to the configured number of steps.
 
         Args:
             report: called after each update.
             should_stop: asked after each update; the run then saves a checkpoint and returns.
+            until: also save and return at the first update that reaches this many steps; called again, it goes on.
 
         Returns:
             Whether all steps are done.
@@ -254,7 +257,7 @@ class Trainer:
             self._plans = logs["plans.jsonl"]
             try:
                 with _tensorboard(self.folder, self.step) as board:
-                    return self._loop(logs, board, report, should_stop)
+                    return self._loop(logs, board, report, should_stop, self.config.steps if until is None else until)
             finally:
                 self._plans = None
                 for log in logs.values():
@@ -266,13 +269,14 @@ class Trainer:
         board: SummaryWriter,
         report: Callable[[Progress], None],
         should_stop: Callable[[], bool],
+        until: int,
     ) -> bool:
         c, per_update = self.config, self.rollouts.steps_per_update
         for trace in self._pending:
             self._record(trace)
         self._pending.clear()
         saved = self.step
-        while self.step < c.steps:
+        while self.step < min(until, c.steps):
             clock = self.rollouts.collect()
             learnt = self.rollouts.learn(clock)
             self.step += per_update
@@ -298,7 +302,7 @@ class Trainer:
                 board.add_scalar(name, timings[name], self.step)
             report(Progress(self.step, c.steps, metrics, rate, shares))
             stop = should_stop()
-            if self.step - saved >= c.checkpoint_every or self.step >= c.steps or stop:
+            if self.step - saved >= c.checkpoint_every or self.step >= min(until, c.steps) or stop:
                 self._save(logs)
                 saved = self.step
             if stop:
@@ -357,6 +361,16 @@ class Trainer:
             self.step,
             Checkpoint(progress, self.worlds.state_dict(), self.rollouts.algorithm.state_dict()),
         )
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What the language model is asked inside the block isn't counted as this training's."""
+        before = _model_counters(self.worlds)
+        try:
+            yield
+        finally:
+            for name, value in _model_counters(self.worlds).items():
+                self._model_start[name] = self._model_start.get(name, 0) + value - before[name]
 
     def _model_spent(self) -> dict[str, float]:
         """What the language model did for this run, up to now; a process may serve several runs."""

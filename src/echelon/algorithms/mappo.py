@@ -1,8 +1,10 @@
-"""MAPPO: PPO for teams with shared decentralised actors and a centralised critic.
+"""MAPPO: PPO for teams with shared decentralised actors and a centralised critic; IPPO, with a local one.
 
 Yu et al. 2022, "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games"; the clipped objective is
 L2M2's Eq. 2. Parameters are shared, agents are told apart by the id bits in their observation, values are
-normalised, and a time limit bootstraps from the true last observation.
+normalised, and a time limit bootstraps from the true last observation. IPPO (de Witt et al. 2020, "Is Independent
+Learning All You Need in the StarCraft Multi-Agent Challenge?") differs in one thing: an agent's value comes from its
+own observation alone.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echelon.advantages import gae
+from echelon.algorithms.base import AlgorithmConfig
 from echelon.buffers import RolloutBuffer
 from echelon.errors import EchelonError
 from echelon.networks import (
     MLP,
     Lanes,
-    Precision,
     RecurrentMLP,
     ValueNorm,
     ppo_policy_gradient,
@@ -31,56 +33,50 @@ from echelon.networks import (
 )
 from echelon.rng import spawn_keys
 
-__all__ = ["MAPPO", "MAPPOConfig"]
+__all__ = ["MAPPO", "IPPOConfig", "MAPPOConfig"]
 
 
 @dataclass(frozen=True)
-class MAPPOConfig:
+class MAPPOConfig(AlgorithmConfig):
     """Hyper-parameters of MAPPO (learning rate and clip: L2M2; the rest: our choice near MAPPO's defaults)."""
 
     lr: float = 3e-4
     """Adam's step size, for actor and critic."""
-    gamma: float = 0.99
-    """Discount a step."""
     lam: float = 0.95
     """Decay of the GAE trace."""
     clip: float = 0.2
     """PPO's clip range ε."""
     entropy: float = 0.01
     """Weight of the entropy bonus."""
-    rollout: int = 32
-    """Steps of each world between updates."""
     epochs: int = 4
     """Passes over each rollout."""
     minibatches: int = 4
     """Minibatches a pass."""
-    hidden: int = 128
-    """Units of each of the two hidden layers, in actor and critic."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this norm."""
-    critic: Literal["auto", "team", "agent"] = "auto"
-    """One value a team from the state alone, or one an agent from its observation and the state; auto: a team's
-    where the reward is the team's, else an agent's."""
-    recurrent: bool = False
-    """Give the actor a memory (GRU)."""
-    precision: Precision = "auto"
-    """What networks compute in; auto: bfloat16 where the processor multiplies it fast."""
+    critic: Literal["auto", "team", "agent", "local"] = "auto"
+    """One value a team from the state alone, one an agent from its observation and the state, or one an agent from
+    its observation alone (local); auto: a team's where the reward is the team's, else an agent's."""
 
     def __post_init__(self) -> None:
-        for name, good, need in (
+        super().__post_init__()
+        self._check(
             ("lr", self.lr > 0, "above 0"),
-            ("gamma", 0 <= self.gamma <= 1, "0 to 1"),
             ("lam", 0 <= self.lam <= 1, "0 to 1"),
             ("clip", self.clip > 0, "above 0"),
             ("entropy", self.entropy >= 0, "at least 0"),
-            ("rollout", self.rollout >= 1, "at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("minibatches", self.minibatches >= 1, "at least 1"),
-            ("hidden", self.hidden >= 1, "at least 1"),
             ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
-        ):
-            if not good:
-                raise EchelonError(f"algorithm.{name} is {getattr(self, name)}: it must be {need}")
+        )
+
+
+@dataclass(frozen=True)
+class IPPOConfig(MAPPOConfig):
+    """Hyper-parameters of IPPO: MAPPO's, with a critic that sees what its agent sees."""
+
+    critic: Literal["auto", "team", "agent", "local"] = "local"
+    """What the critic sees: local, an agent's own observation alone; the others as MAPPO's."""
 
 
 class MAPPO:
@@ -119,8 +115,11 @@ class MAPPO:
         self.config = config
         self.shape = (num_envs, num_agents)
         self.dtype = resolve_precision(config.precision)
-        self.team_critic = team_reward if config.critic == "auto" else config.critic == "team"
-        critic_scale = state_scale if self.team_critic else np.concatenate([obs_scale, state_scale])
+        auto = "team" if team_reward else "agent"
+        self.critic_kind = auto if config.critic == "auto" else config.critic
+        critic_scale = {
+            "team": state_scale, "agent": np.concatenate([obs_scale, state_scale]), "local": obs_scale
+        }[self.critic_kind]  # fmt: skip
         h = config.hidden
         generator = torch.Generator().manual_seed(int(spawn_keys(seed, (2,), 1)[0] >> np.uint64(1)))
         actor = RecurrentMLP if config.recurrent else MLP
@@ -227,7 +226,7 @@ class MAPPO:
         def push(out: Tensor, part: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
             """The gradient in the logits `out` of the pairs `part`, and the statistics, both as shares of the whole."""
             mask, actions, logp, weights = (
-                _take(x, part).flatten(0, 1).numpy() for x in (buffer.mask, buffer.actions, buffer.logp, advantages)
+                _take(x, part).flatten(0, 1).numpy() for x in (buffer.mask[:T], buffer.actions, buffer.logp, advantages)
             )
             logits = out.detach().numpy()
             grad = np.empty_like(logits)
@@ -267,7 +266,7 @@ class MAPPO:
             inputs = self._critic_input(_take(buffer.obs[:T], part), _take(buffer.state[:T], part))
             out, kept = self.critic.forward(inputs, lane)
             target = targets.flatten(0, 1)[part]
-            target = target.mean(1) if self.team_critic else target.view(-1)
+            target = target.mean(1) if self.critic_kind == "team" else target.view(-1)
             error = out.view(-1) - target
             share = len(part) / len(rows)
             self.critic.backward(kept, (error.clamp(-10, 10) * (share / len(error)))[:, None], lane)
@@ -289,10 +288,12 @@ class MAPPO:
         self._optimise += time.perf_counter() - start
 
     def _critic_input(self, obs: Tensor, state: Tensor) -> Tensor:
-        """The critic's rows: one a team, `(n, S)`, or one an agent, `(n * A, D + S)`."""
-        if self.team_critic:
+        """The critic's rows: one a team, `(n, S)`, or one an agent, `(n * A, D + S)` or (local) `(n * A, D)`."""
+        if self.critic_kind == "team":
             return state
         n, A, _ = obs.shape
+        if self.critic_kind == "local":
+            return obs.reshape(n * A, -1)
         return torch.cat([obs, state[:, None].expand(n, A, -1)], -1).view(n * A, -1)
 
     def _value(self, obs: NDArray[np.int8], state: NDArray[np.int8]) -> NDArray[np.float32]:
@@ -318,14 +319,16 @@ class MAPPO:
         flat = self._value(buffer.obs.reshape((T + 1) * W, A, -1), buffer.state.reshape((T + 1) * W, -1))
         values = flat.reshape(T + 1, W, A)
         next_values = values[1:].copy()
-        for t, worlds, obs, state in buffer.finals:
+        for t, worlds, obs, state, _ in buffer.finals:
             next_values[t, worlds] = self._value(obs, state)
         return values[:-1], next_values
 
     # -- the whole state, for checkpoints --------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that decides what is learnt and drawn next, as tensors by name."""
+    def state_dict(self, *, policy_only: bool = False) -> dict[str, Tensor]:
+        """Everything that decides what is learnt and drawn next, as tensors by name; or only what acting needs."""
+        if policy_only:
+            return {f"actor.{i}": p.detach().clone() for i, p in enumerate(self.actor_params)}
         state = {
             "value_norm": self.value_norm.stats,
             "hidden": self.hidden,

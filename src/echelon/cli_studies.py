@@ -1,0 +1,274 @@
+"""The commands for studies: `echelon study`, `reproduce` and `report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from echelon.errors import EchelonError
+from echelon.fetching import ensure_model
+from echelon.flags import parse
+
+if TYPE_CHECKING:
+    from echelon.studies.backends import Backend
+    from echelon.studies.engine import Matrix
+    from echelon.studies.spec import Study
+
+__all__ = ["report", "reproduce", "study"]
+
+
+@dataclass(frozen=True)
+class _StudyFlags:
+    """What both ways to run a study can be told."""
+
+    out: Path | None = None
+    """The study's folder; default: studies/<name>. Called again, it goes on where it stopped."""
+    methods: tuple[str, ...] | None = None
+    """These methods instead of the study's."""
+    environments: tuple[str, ...] | None = None
+    """These environments instead of the study's."""
+    sizes: tuple[int, ...] | None = None
+    """These sizes instead of the study's."""
+    agents: tuple[int, ...] | None = None
+    """These numbers of agents instead of the study's."""
+    seeds: tuple[int, ...] | None = None
+    """These seeds instead of the study's."""
+    steps: int | None = None
+    """So many environment steps a training instead of the study's."""
+    backend: Literal["pool", "ray"] = "pool"
+    """Where runs are done: processes on this machine, or a Ray cluster."""
+    workers: int | None = None
+    """Runs at a time; default: one a core (of the cluster)."""
+    address: str | None = None
+    """The Ray cluster: host:port, or auto; default: this machine alone."""
+    retry_failed: bool = False
+    """Begin runs again that failed before."""
+    dry_run: bool = False
+    """Only print what the study would cost: runs, steps, core-hours, model calls and their price."""
+    price: float = 0.0
+    """Price of the language model, in USD per million prompt tokens, for --dry-run."""
+
+
+def study(args: list[str]) -> int:
+    """`echelon study FILE [OPTIONS]`."""
+    from echelon.studies.spec import read_study
+
+    @dataclass(frozen=True)
+    class Flags(_StudyFlags):
+        """Run a study (methods x environments x sizes x agents x seeds) and write its report.
+
+        FILE is TOML: name, methods, environments, sizes, agents, seeds, steps; [protocol]; settings of all runs in
+        [run], of one method's in [method.NAME], of an environment in [env.NAME]. See docs/studies.md.
+        """
+
+        file: tyro.conf.Positional[Path] = Path("study.toml")
+        """The study."""
+
+    flags = parse("study", Flags, args)
+    return _run(read_study(flags.file), flags, f"echelon study {flags.file}")
+
+
+def reproduce(args: list[str]) -> int:
+    """`echelon reproduce --preset NAME [OPTIONS]`."""
+    from echelon.studies.presets import preset
+
+    @dataclass(frozen=True)
+    class Flags(_StudyFlags):
+        """Run the L2M2 experiment and write its report: claims of the paper beside what was measured.
+
+        quick: 2 sizes, 2 seeds, minutes. medium: 3 sizes, 3 seeds, 2 million steps, about an hour on 2 cores.
+        paper: 5 sizes, 4 and 8 agents, 5 seeds, 5 million steps. Each goes on where it stopped.
+        """
+
+        preset: str = "quick"
+        """quick, medium or paper."""
+
+    flags = parse("reproduce", Flags, args)
+    return _run(preset(flags.preset), flags, f"echelon reproduce --preset {flags.preset}")
+
+
+def report(args: list[str]) -> int:
+    """`echelon report STUDY`."""
+    from echelon.studies.spec import read_study
+
+    @dataclass(frozen=True)
+    class Flags:
+        """Write a study's report, tables and figures anew from what its folder holds, also while it runs."""
+
+        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY")]
+        """The study's folder."""
+
+    folder = parse("report", Flags, args).folder
+    if not (folder / "study.toml").exists():
+        raise EchelonError(f"{folder} is no study: it has no study.toml")
+    print(_write(read_study(folder / "study.toml"), folder))
+    return 0
+
+
+def _run(study: Study, flags: _StudyFlags, command: str) -> int:
+    from echelon.console import Stopper, Watch, console
+    from echelon.studies.backends import cores
+    from echelon.studies.engine import run_study
+
+    narrowed = {
+        name: getattr(flags, name)
+        for name in ("methods", "environments", "sizes", "agents", "seeds", "steps")
+        if getattr(flags, name) is not None
+    }
+    study = dataclasses.replace(study, **narrowed)
+    if flags.workers is not None and flags.workers < 1:
+        raise EchelonError(f"--workers is {flags.workers}: it must be at least 1")
+    if flags.price < 0:
+        raise EchelonError(f"--price is {flags.price}: it must be at least 0")
+    folder = flags.out or Path("studies") / study.name
+    if flags.dry_run:
+        print(_costs(study, flags.workers or cores(), flags.price))
+        return 0
+    for run in {run.config.model_spec: run for run in study.runs() if _needs_model(run.method)}.values():
+        ensure_model(run.config)
+    backend = _backend(flags, folder)
+    stopper = Stopper()
+    try:
+        with stopper.listening(), Watch() as watch:
+            shown: set[str] = set()
+
+            def show(matrix: Matrix) -> None:
+                nonlocal shown
+                for line in matrix.news:
+                    console.print(line)
+                for name in shown - set(matrix.running):
+                    watch.end(_short(name))
+                watch.show(study.name, matrix.finished + len(matrix.failed), matrix.total, _words(matrix))
+                for name, told in matrix.running.items():
+                    if told is not None:
+                        watch.show(_short(name), told["done"], told["total"], f"{told['stage']} {told['info']}")
+                shown = set(matrix.running)
+
+            results = run_study(
+                study, folder, backend, retry_failed=flags.retry_failed, report=show, should_stop=stopper
+            )
+    finally:
+        backend.close()
+    states = [run["status"] for run in results["runs"]]
+    if stopper() and "pending" in states:
+        done = states.count("finished")
+        console.print(f"stopped with {done} of {len(states)} runs finished; the same command goes on: {command}")
+        return 128 + stopper.signal
+    _summary(_analysis(results), results)
+    print(_write(study, folder))
+    return 1 if "failed" in states else 0
+
+
+def _needs_model(name: str) -> bool:
+    from echelon.methods import method
+
+    return method(name).needs_model()
+
+
+def _backend(flags: _StudyFlags, folder: Path) -> Backend:
+    from echelon._files import explain_os_error
+    from echelon.studies.backends import PoolBackend
+
+    if flags.backend == "ray":
+        from echelon.studies.ray_backend import RayBackend
+
+        return RayBackend(flags.address, flags.workers)
+    if flags.address is not None:
+        raise EchelonError("--address is a Ray cluster's: give --backend ray with it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    return PoolBackend(flags.workers, folder / "workers.log")
+
+
+def _short(name: str) -> str:
+    """A run's id without its hash."""
+    return name.rsplit("-", 1)[0]
+
+
+def _words(matrix: Matrix) -> str:
+    left = "" if matrix.seconds_left is None else f", about {_time(matrix.seconds_left)} left"
+    parts = f"{matrix.finished} done, {len(matrix.running)} running, {len(matrix.failed)} failed"
+    return f"{parts} of {matrix.total} runs{left}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def _costs(study: Study, workers: int, price: float) -> str:
+    """What a study would cost, as a table of its methods."""
+    from echelon.studies.costs import Cost, estimate
+
+    runs = study.runs()
+    header = ("method", "runs", "steps", "core-hours", "model calls", "model tokens", "price in USD")
+    rows = []
+    for name in (*study.methods, "all"):
+        mine = [run for run in runs if name in (run.method, "all")]
+        cost = sum((estimate(run.config, study.protocol) for run in mine), Cost())
+        rows.append(
+            (name, f"{len(mine):,}", f"{cost.steps:,.0f}", f"{cost.seconds / 3600:.2f}", f"{cost.model_calls:,.0f}",
+             f"{cost.model_tokens:,.0f}", f"{cost.model_tokens * price / 1e6:.2f}")
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in [header, *rows]]  # fmt: skip
+    total = sum((estimate(run.config, study.protocol) for run in runs), Cost())
+    lines.append(f"about {_time(total.seconds / workers)} with {workers} workers; estimates, right to a factor of two")
+    return "\n".join(lines)
+
+
+def _analysis(results: dict[str, Any]) -> dict[str, Any]:
+    from echelon.studies.analysis import analyse
+
+    return analyse(results)
+
+
+def _write(study: Study, folder: Path) -> Path:
+    """Everything that is made from a study's results; the report's path."""
+    from echelon._files import atomic_write_json
+    from echelon.evaluation.exports import marl_eval, write_csv, write_latex
+    from echelon.reports.study import write_report
+    from echelon.studies.engine import collect, replays_of
+
+    results = collect(study, folder)
+    analysis = _analysis(results)
+    atomic_write_json(folder / "results.json", results)
+    atomic_write_json(folder / "analysis.json", analysis)
+    atomic_write_json(folder / "marl_eval.json", marl_eval(results))
+    write_csv(results, analysis, folder / "tables")
+    write_latex(analysis, folder / "tables")
+    return write_report(folder, results, analysis, replays=replays_of(study, folder))
+
+
+def _summary(analysis: dict[str, Any], results: dict[str, Any]) -> None:
+    """The TSR of each method at each size, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    cells = analysis["cells"]
+    places = list(dict.fromkeys((c["environment"], c["size"], c["agents"]) for c in cells))
+    table = Table(title=f"{results['study']['name']}: TSR [95% interval]", title_justify="left")
+    table.add_column("method")
+    for environment, size, agents in places:
+        table.add_column(f"{environment} {size}x{size}, {agents} agents", justify="right")
+    for name in results["study"]["methods"]:
+        row = [_interval(cells, place, name) for place in places]
+        table.add_row(name, *row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    for claim in analysis["claims"]:
+        print(f"{claim['verdict']}: {claim['claim']}: {claim['ours']}")
+
+
+def _interval(cells: Sequence[dict[str, Any]], place: tuple[str, int, int], name: str) -> str:
+    for c in cells:
+        if (c["environment"], c["size"], c["agents"], c["method"]) == (*place, name) and c["tsr"] is not None:
+            return f"{c['tsr']['value']:.3f} [{c['tsr']['low']:.3f}, {c['tsr']['high']:.3f}]"
+    return "-"
