@@ -14,6 +14,7 @@ from echelon.configs import RunConfig, read_toml, to_toml
 from echelon.envs import env_name, make
 from echelon.errors import EchelonError
 from echelon.evaluation.episodes import evaluate
+from echelon.evaluation.protocol import same_run
 from echelon.methods import method
 from echelon.rollout import PlanTrace
 from echelon.runs import load_policy, run_costs, steps_done
@@ -150,7 +151,7 @@ def check_comparison(runs: Sequence[RunConfig], out: Path) -> None:
         folder = out / run.method
         if not (folder / "config.toml").exists():
             continue
-        if not _same_run(read_toml(folder / "config.toml"), run):
+        if not same_run(read_toml(folder / "config.toml"), run):
             raise EchelonError(f"{folder} holds a run with other settings: choose another --out, or remove it")
         rollout = run.algorithm.rollout * run.num_envs
         if method(run.method).learns and (done := steps_done(folder)) >= run.steps + rollout:
@@ -223,14 +224,6 @@ def _train(
         return True
     trainer = Trainer.resume(folder, steps=run.steps) if config.exists() else Trainer(run, folder)
     return trainer.run(report, should_stop)
-
-
-def _same_run(old: RunConfig, new: RunConfig) -> bool:
-    # Threads change the speed alone, steps how long it goes on.
-    def plain(run: RunConfig) -> RunConfig:
-        return dataclasses.replace(settled(run), threads=None, steps=1)
-
-    return plain(old) == plain(new)
 
 
 def _of(run: RunConfig, folder: Path, episodes: int, world_seed: int | None, greedy: bool) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from echelon.rollout import PlanTrace, TeamWorlds
 __all__ = ["EpisodeResults", "evaluate", "evaluation_seed"]
 
 
-def evaluation_seed(seed: int) -> int:
-    """The root seed of evaluation worlds: from a stream of its own, so that no run's training worlds are among them."""
-    return int(spawn_keys(seed, (9,), 1)[0] >> np.uint64(1))
+def evaluation_seed(seed: int, stream: int = 0) -> int:
+    """The root seed of evaluation worlds: from streams of their own, so that no run's training worlds are among them."""
+    return int(spawn_keys(seed, (9, stream) if stream else (9,), 1)[0] >> np.uint64(1))
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def evaluate(
     *,
     episodes: int = 200,
     seed: int | None = None,
+    stream: int = 0,
     greedy: bool = False,
     record: int = 0,
     on_plan: Callable[[PlanTrace], None] | None = None,
@@ -87,6 +88,7 @@ def evaluate(
         policy: the executor's tensors (`training.load_policy`), or None where there are none.
         episodes: how many.
         seed: which worlds (`evaluation_seed` of it is their root seed); default: the run's seed.
+        stream: another one gives other worlds for the same seed.
         greedy: executors take their most probable move instead of drawing.
         record: how many episodes to record for a replay.
         on_plan: called with each planning round that costs model time.
@@ -94,7 +96,7 @@ def evaluate(
         should_stop: asked after each step and between a model's batches; stops with no result.
     """
     start = time.perf_counter()
-    seed = evaluation_seed(config.seed if seed is None else seed)
+    seed = evaluation_seed(config.seed if seed is None else seed, stream)
     recorder = Recorder(config, record) if record else None
 
     def heard(trace: PlanTrace) -> None:

@@ -1,0 +1,271 @@
+"""The field's evaluation protocol: judged while it trains, and at the end by an absolute metric.
+
+Every so many steps a run is evaluated on a few episodes; at the end the best of those policies and the last one are
+judged by the absolute metric, many more episodes on worlds that neither training nor the choice of the best has seen
+(Gorsane et al. 2022, "Towards a Standardised Performance Evaluation Protocol for Cooperative MARL").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from echelon._files import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
+from echelon.building import settled
+from echelon.configs import RunConfig, read_toml, to_toml
+from echelon.errors import EchelonError
+from echelon.evaluation.episodes import EpisodeResults, evaluate
+from echelon.evaluation.statistics import mean_interval
+from echelon.methods import method
+from echelon.runs import run_costs
+from echelon.training import Trainer
+
+__all__ = ["Protocol", "run_by_protocol", "same_run"]
+
+FORMAT = 1
+_ABSOLUTE = 1  # the absolute metric's stream of evaluation worlds
+Report = Callable[[str, float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """When a run is judged, and on how many episodes."""
+
+    every: int = 250_000
+    """Environment steps between evaluations while training (rounded up to whole rollouts)."""
+    episodes: int = 32
+    """Episodes of each of those."""
+    final_episodes: int = 320
+    """Episodes of the absolute metric, for the best and for the last policy."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if getattr(self, f.name) < 1:
+                raise EchelonError(f"protocol.{f.name} is {getattr(self, f.name)}: it must be at least 1")
+
+
+def run_by_protocol(
+    run: RunConfig,
+    folder: Path,
+    protocol: Protocol,
+    *,
+    record: int = 0,
+    report: Report = lambda stage, done, total, info: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Train a run and judge it; called again, it goes on where it was stopped or killed.
+
+    Training is the same, bit for bit, as without evaluations. Leaves `protocol.json` (what was judged so far),
+    `best.safetensors` (the policy of the best evaluation) and, with `record`, `replays/protocol.json`.
+
+    Args:
+        run: what to train; methods that learn nothing are only judged.
+        folder: the run's folder, new or the same run's.
+        protocol: when and on how many episodes.
+        record: how many episodes of the last policy's absolute metric to record for a replay.
+        report: called as (stage, done, total, words) while it works; stages are "training" and "evaluating".
+        should_stop: asked after each update and each step of an evaluation.
+
+    Returns:
+        JSON-able: `evaluations` (step, episodes, success, tsr, steps_to_finish, collisions, task_return, in order of
+        steps), `best` and `last` (step and one list entry an episode; the same policy is judged once), and what the
+        training took. None if it was stopped.
+
+    Raises:
+        EchelonError: the folder holds another run, training diverged, or files are damaged.
+        StorageError: files can't be written.
+    """
+    judge = _Judge(run, folder, protocol, record, report, should_stop)
+    policy: dict[str, torch.Tensor] | None = None
+    aside: AbstractContextManager[None] = nullcontext()
+    if method(run.method).learns:
+        trainer = _trainer(run, folder)
+        run = judge.run = trainer.config
+        while True:
+            step = trainer.step
+            policy = trainer.rollouts.algorithm.state_dict(policy_only=True)
+            with trainer.aside():
+                if judge.is_due(step) and not judge.evaluate(step, policy):
+                    return None
+            if step >= run.steps:
+                break
+            until = min((step // protocol.every + 1) * protocol.every, run.steps)
+            trainer.run(
+                lambda p: report("training", p.step, p.steps, f"{p.rate:,.0f} steps/s"), should_stop, until=until
+            )
+            if trainer.step < until:
+                return None
+        aside = trainer.aside()
+    else:
+        if not (folder / "config.toml").exists():
+            atomic_write_text(folder / "config.toml", to_toml(run))
+        _require_same(run, folder)
+        step = 0
+        if judge.is_due(0) and not judge.evaluate(0, None):
+            return None
+    with aside:
+        if not judge.finish(step, policy):
+            return None
+    costs = run_costs(folder)
+    seconds = costs.get("training_seconds") or 0.0
+    return {
+        **judge.told,
+        "learns": method(run.method).learns,
+        "training_seconds": seconds,
+        "steps_per_second": step / seconds if seconds else None,
+        "training_model_calls": costs.get("training_model_calls", 0),
+        "training_model_tokens": costs.get("training_model_tokens", 0),
+        "training_model_seconds": costs.get("training_model_seconds", 0.0),
+    }
+
+
+def same_run(old: RunConfig, new: RunConfig) -> bool:
+    """Whether two configs are of one run: threads change the speed alone, steps how long it goes on."""
+
+    def plain(run: RunConfig) -> RunConfig:
+        return dataclasses.replace(settled(run), threads=None, steps=1)
+
+    return plain(old) == plain(new)
+
+
+def _require_same(run: RunConfig, folder: Path) -> None:
+    if not same_run(read_toml(folder / "config.toml"), run):
+        raise EchelonError(f"{folder} holds a run with other settings: choose another folder, or move it away")
+
+
+def _trainer(run: RunConfig, folder: Path) -> Trainer:
+    if not (folder / "config.toml").exists():
+        return Trainer(run, folder)
+    _require_same(run, folder)
+    return Trainer.resume(folder, steps=run.steps)
+
+
+class _Judge:
+    """Evaluates a run's policies, and keeps what was found in `protocol.json`.
+
+    Attributes:
+        told: what is in the file.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folder: Path,
+        protocol: Protocol,
+        record: int,
+        report: Report,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.run, self.folder, self.protocol = run, folder, protocol
+        self.record, self.report, self.should_stop = record, report, should_stop
+        self.told: dict[str, Any] = {"evaluations": [], "best": None, "last": None, "evaluation_seconds": 0.0}
+        self._of = {"format": FORMAT, **dataclasses.asdict(protocol)}
+        path = folder / "protocol.json"
+        if path.exists():
+            saved = read_json(path, "evaluation protocol")
+            if isinstance(saved, dict) and saved.get("of", {}).get("format", 0) > FORMAT:
+                raise EchelonError(
+                    f"{path} has format {saved['of']['format']}, this Echelon reads up to {FORMAT}: use a newer Echelon"
+                )
+            # Evaluated by another protocol: done anew.
+            if isinstance(saved, dict) and saved.get("of") == self._of:
+                self.told = {k: saved[k] for k in self.told}
+
+    def is_due(self, step: int) -> bool:
+        """Whether the policy after `step` steps is one to judge, and wasn't."""
+        judged = [e["step"] // self.protocol.every for e in self.told["evaluations"]]
+        last = step >= self.run.steps and all(e["step"] < step for e in self.told["evaluations"])
+        return last or step // self.protocol.every not in judged
+
+    def evaluate(self, step: int, policy: dict[str, torch.Tensor] | None) -> bool:
+        """Judge a policy on the way; False if it was stopped."""
+        result = self._play(policy, self.protocol.episodes, 0, 0)
+        if result is None:
+            return False
+        finished = mean_interval(result.steps[result.success])
+        entry = {
+            "step": step,
+            "episodes": len(result.success),
+            "success": int(result.success.sum()),
+            "tsr": float(result.success.mean()),
+            "steps_to_finish": None if finished is None else finished.value,
+            "collisions": float(result.collisions.mean()),
+            "task_return": float(result.task_return.mean()),
+        }
+        # Of equals the later one: it has learnt for longer.
+        if policy is not None and all(e["success"] <= entry["success"] for e in self.told["evaluations"]):
+            atomic_write_bytes(self.folder / "best.safetensors", safetensors.torch.save(policy))
+        self.told["evaluations"].append(entry)
+        self._save()
+        return True
+
+    def finish(self, step: int, policy: dict[str, torch.Tensor] | None) -> bool:
+        """The absolute metric of the last and of the best policy; False if it was stopped."""
+        evaluations = self.told["evaluations"]
+        best = max(evaluations, key=lambda e: (e["success"], e["step"]))["step"]
+        for name, at in (("last", step), ("best", best)):
+            if self.told[name] is not None and self.told[name]["step"] == at:
+                continue
+            if name == "best" and at == step:
+                self.told["best"] = self.told["last"]
+            else:
+                judged = policy if name == "last" else self._best_policy()
+                episodes = self.protocol.final_episodes
+                record = min(self.record, episodes) if name == "last" else 0
+                result = self._play(judged, episodes, _ABSOLUTE, record)
+                if result is None:
+                    return False
+                self.told[name] = _in_full(result, at)
+                if result.replay is not None:
+                    atomic_write_json(self.folder / "replays" / "protocol.json", result.replay)
+            self._save()
+        return True
+
+    def _best_policy(self) -> dict[str, torch.Tensor]:
+        path = self.folder / "best.safetensors"
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise EchelonError(
+                f"{path} is damaged ({error}): remove {self.folder / 'protocol.json'} to judge this run anew"
+            ) from None
+
+    def _play(
+        self, policy: dict[str, torch.Tensor] | None, episodes: int, stream: int, record: int
+    ) -> EpisodeResults | None:
+        result = evaluate(
+            self.run, policy, episodes=episodes, stream=stream, record=record, should_stop=self.should_stop,
+            report=lambda done, total: self.report("evaluating", done, total, "episodes"),
+        )  # fmt: skip
+        if result is not None:
+            self.told["evaluation_seconds"] += result.seconds
+        return result
+
+    def _save(self) -> None:
+        told = {**self.told, "of": self._of}
+        atomic_write_json(self.folder / "protocol.json", told)
+
+
+def _in_full(result: EpisodeResults, step: int) -> dict[str, Any]:
+    """An absolute metric with one entry an episode, so that every statistic can be made from it later."""
+    found = {
+        "step": step,
+        "episodes": len(result.success),
+        "tsr": float(result.success.mean()),
+        "success": [int(x) for x in result.success],
+        "steps": [int(x) for x in result.steps],
+        "collisions": [int(x) for x in result.collisions],
+        "task_return": [round(float(x), 6) for x in result.task_return],
+        "seconds": round(result.seconds, 3),
+        "plans": result.plans,
+    }
+    return dict(json.loads(json.dumps(found)))

@@ -1,0 +1,152 @@
+"""Where the runs of a study are done: the contract, and a pool of processes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from echelon._files import explain_os_error
+from echelon.errors import EchelonError
+
+__all__ = ["Backend", "PoolBackend", "cores"]
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Backend(Protocol):
+    """Does jobs somewhere; see `work.execute`.
+
+    Attributes:
+        slots: how many jobs it does at once.
+    """
+
+    slots: int
+
+    def start(self, job: dict[str, Any]) -> None:
+        """Begin a job; never more than `slots` at once."""
+        ...
+
+    def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+        """Jobs that ended, as (id, outcome), waiting for one at most so long.
+
+        An outcome is what `execute` gave, or `{"status": "died", "reason": …}` where its process or machine is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind; jobs under way are given up."""
+        ...
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    job: str | None = None
+    heard: bytes = field(default=b"")
+
+
+class PoolBackend:
+    """Processes on this machine, one thread each, started when first needed.
+
+    Each run has a core to itself: runs side by side use the cores better than one run over all of them, and don't
+    wait for each other. A worker that dies (the kernel kills the largest when memory runs out) takes only its own run
+    with it.
+    """
+
+    def __init__(self, slots: int | None = None, log: Path | None = None) -> None:
+        """Use `slots` processes (default: as many as there are cores), which print into the file `log`.
+
+        Raises:
+            EchelonError: less than one process.
+        """
+        self.slots = cores() if slots is None else slots
+        if self.slots < 1:
+            raise EchelonError(f"{self.slots} workers: it must be at least 1")
+        self._log_path, self._workers = log, list[_Worker]()
+        self._selector = selectors.DefaultSelector()
+
+    def start(self, job: dict[str, Any]) -> None:
+        """Begin a job."""
+        worker = next((w for w in self._workers if w.job is None), None) or self._spawn()
+        worker.job = job["id"]
+        assert worker.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died: `wait` tells
+            worker.process.stdin.write(json.dumps(job).encode() + b"\n")
+            worker.process.stdin.flush()
+
+    def _spawn(self) -> _Worker:
+        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        # A session of its own: Ctrl-C is for the study, which tells the workers.
+        try:
+            log = self._log_path.open("ab") if self._log_path is not None else None
+        except OSError as error:
+            raise explain_os_error(error, self._log_path or Path()) from error
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "echelon.studies.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, env={**os.environ, **one}, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            if log is not None:
+                log.close()
+        worker = _Worker(process)
+        self._workers.append(worker)
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        self._selector.register(process.stdout, selectors.EVENT_READ, worker)
+        return worker
+
+    def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+        """Jobs that ended, as (id, outcome)."""
+        ended = []
+        for key, _ in self._selector.select(seconds):
+            worker: _Worker = key.data
+            assert worker.process.stdout is not None
+            data = worker.process.stdout.read(1 << 16)
+            if data:
+                worker.heard += data
+                if b"\n" in worker.heard and worker.job is not None:
+                    ended.append((worker.job, json.loads(worker.heard)))
+                    worker.heard, worker.job = b"", None
+            elif data == b"":
+                self._forget(worker)
+                if worker.job is not None:
+                    ended.append((worker.job, {"status": "died", "reason": _how_it_died(worker.process.wait())}))
+        return ended
+
+    def _forget(self, worker: _Worker) -> None:
+        for pipe in (worker.process.stdout, worker.process.stdin):
+            assert pipe is not None
+            if pipe is worker.process.stdout:
+                self._selector.unregister(pipe)
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._workers.remove(worker)
+
+    def close(self) -> None:
+        """End all workers; a run under way goes on from its checkpoint next time."""
+        for worker in list(self._workers):
+            if worker.job is not None:
+                worker.process.kill()
+            self._forget(worker)
+            worker.process.wait()
+        self._selector.close()
+
+
+def _how_it_died(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"its worker was killed by {name}{hint}"
+    return f"its worker ended with status {code}"

@@ -1,0 +1,247 @@
+"""What a study is: methods × environments × sizes × agents × seeds, and the runs that it expands to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from echelon.configs import RunConfig, from_toml, read_toml_file, to_toml, toml_line, typed
+from echelon.envs import environments, make
+from echelon.errors import EchelonError, unknown_name
+from echelon.evaluation.protocol import Protocol
+from echelon.methods import method, methods
+
+__all__ = ["Study", "StudyRun", "import_modules", "read_study", "study_from_toml", "study_to_toml"]
+
+_TABLES = ("protocol", "run", "env", "method")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study.
+
+    Attributes:
+        id: its name and its folder's: `<environment>-s<size>-a<agents>-<method>-seed<seed>-<hash>`, where the hash is
+            of everything that decides its result. The same run has the same id in every study.
+        config: the run.
+        environment, size, agents, method, seed: where it stands in the matrix.
+        record: how many episodes to record for a replay.
+    """
+
+    id: str
+    config: RunConfig
+    environment: str
+    size: int
+    agents: int
+    method: str
+    seed: int
+    record: int = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """A matrix of runs; as a file, these fields and the tables below as TOML."""
+
+    name: str
+    """What the study is called (letters, digits, - and _)."""
+    title: str = ""
+    """What it is about, in a line, for the report."""
+    methods: tuple[str, ...] = ("rule-goals", "flat-mappo")
+    """Which methods."""
+    environments: tuple[str, ...] = ("warehouse",)
+    """In which worlds."""
+    sizes: tuple[int, ...] = (20,)
+    """Sides of their maps, in cells."""
+    agents: tuple[int, ...] = (4,)
+    """Numbers of agents."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Root seeds."""
+    steps: int = 1_000_000
+    """Environment steps of each training."""
+    record: int = 2
+    """Episodes recorded for replays, of the first seed's runs."""
+    imports: tuple[str, ...] = ()
+    """Python files or modules to import first: where own environments, planners, algorithms, methods are registered."""
+    protocol: Protocol = field(default_factory=Protocol)
+    """When runs are judged, and on how many episodes."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The tables `run` (settings of every run, as in a run's config), `env` (of an environment, by its name) and
+    `method` (settings of one method's runs, by its name; they go over those of `run`)."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
+            raise EchelonError(f"study name {self.name!r}: it must be letters, digits, - and _")
+        for name in ("methods", "environments", "sizes", "agents", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise EchelonError(f"study {self.name}: {name} is empty: name at least one")
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                raise EchelonError(f"study {self.name}: {name} lists {twice[0]!r} twice: two runs would have one id")
+        for name, good, need in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("record", self.record >= 0, "at least 0"),
+            ("seeds", min(self.seeds) >= 0, "at least 0"),
+        ):
+            if not good:
+                raise EchelonError(f"study {self.name}: {name} is {getattr(self, name)}: it must be {need}")
+        if unknown := set(self.settings) - set(_TABLES[1:]):
+            raise unknown_name(f"table in study {self.name}", sorted(unknown)[0], _TABLES[1:])
+
+    def runs(self) -> tuple[StudyRun, ...]:
+        """All runs, the first seed's first: a study that is interrupted has whole seeds.
+
+        Raises:
+            EchelonError: an unknown method, environment or setting, a world that can't be built, or two runs with
+                one id.
+        """
+        import_modules(self.imports)
+        for name in self.methods:
+            method(name)
+        known = environments()
+        for name in self.environments:
+            if name not in known:
+                raise unknown_name("environment", name, known)
+        for table, names in (("env", known), ("method", methods())):
+            for name in self.settings.get(table, {}):
+                if name not in names:
+                    raise unknown_name(f"name in [{table}] of study {self.name}", name, names)
+        runs = [
+            self._run(environment, size, agents, name, seed)
+            for seed in self.seeds
+            for environment in self.environments
+            for size in self.sizes
+            for agents in self.agents
+            for name in self.methods
+        ]
+        ids = Counter(run.id for run in runs)
+        if twice := [i for i, count in ids.items() if count > 1]:
+            raise EchelonError(f"study {self.name}: two runs have the id {twice[0]}")
+        for environment in self.environments:
+            for size in self.sizes:
+                for agents in self.agents:
+                    config = next(r for r in runs if (r.environment, r.size, r.agents) == (environment, size, agents))
+                    make(environment, config.config.env, num_envs=1)
+        return tuple(runs)
+
+    def _run(self, environment: str, size: int, agents: int, name: str, seed: int) -> StudyRun:
+        own = self.settings.get("method", {}).get(name, {})
+        data = _merged(self.settings.get("run", {}), own)
+        env = {**self.settings.get("env", {}).get(environment, {}), **data.pop("env", {})}
+        for key in ("method", "environment", "seed", "steps"):
+            if key in data:
+                raise EchelonError(f"study {self.name}: {key} is the study's own; it can't be in [run] or [method]")
+        data |= {
+            "method": name,
+            "environment": environment,
+            "seed": seed,
+            # What learns nothing has no steps: its runs stay the same when the study trains for longer.
+            "steps": self.steps if method(name).learns else 1,
+            "threads": 1,
+            "env": {**env, "size": size, "num_agents": agents},
+        }
+        config = from_toml(data, f"study {self.name}, {name}")
+        says = to_toml(config) + json.dumps(dataclasses.asdict(self.protocol), sort_keys=True)
+        short = hashlib.sha256(says.encode()).hexdigest()[:8]
+        where = f"{environment}-s{size}-a{agents}-{name}-seed{seed}"
+        record = self.record if seed == self.seeds[0] else 0
+        return StudyRun(f"{where}-{short}", config, environment, size, agents, name, seed, record)
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import what registers a user's own environments and methods: modules by name, or files (`….py`).
+
+    Raises:
+        EchelonError: there is none, or it fails.
+    """
+    for name in names:
+        try:
+            if not name.endswith(".py"):
+                importlib.import_module(name)
+                continue
+            path = Path(name).resolve()
+            module = f"_echelon_study_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+            if module in sys.modules:
+                continue
+            spec = importlib.util.spec_from_file_location(module, path)
+            if spec is None or spec.loader is None or not path.exists():
+                raise EchelonError(f"imports: there is no file {name}")
+            sys.modules[module] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[module])
+        except EchelonError:
+            raise
+        except Exception as error:  # whatever a user's file may raise
+            raise EchelonError(f"imports: {name} fails: {type(error).__name__}: {error}") from error
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file.
+
+    Raises:
+        EchelonError: no such file, not TOML, an unknown key (names the nearest) or a value that can't be.
+    """
+    study = study_from_toml(read_toml_file(path, "study"), str(path), name=path.stem)
+    # Files that it imports lie beside it.
+    beside = tuple(str(path.parent / n) if n.endswith(".py") else n for n in study.imports)
+    return dataclasses.replace(study, imports=beside)
+
+
+def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = "study") -> Study:
+    """The study in a TOML document that was read; see `read_study`."""
+    data = dict(data)
+    tables = {key: data.pop(key, {}) for key in _TABLES}
+    for key, table in tables.items():
+        by_name = key in ("env", "method")
+        nested = table.values() if isinstance(table, dict) and by_name else ()
+        if not isinstance(table, dict) or not all(isinstance(t, dict) for t in nested):
+            raise EchelonError(f"{source}: {key} must be a table, [{key}{'.<name>' * by_name}]")
+    if "settings" in data:
+        raise unknown_name(f"key in {source}", "settings", [f.name for f in dataclasses.fields(Study)][:-1])
+    values = {"name": name, **typed(Study, data, f"{source}: ", _TABLES)}
+    protocol = Protocol(**typed(Protocol, tables.pop("protocol"), f"{source}: protocol."))
+    return Study(**values, protocol=protocol, settings={k: t for k, t in tables.items() if t})
+
+
+def study_to_toml(study: Study) -> str:
+    """The study as TOML that `study_from_toml` reads back."""
+    lines, tables = [], []
+    for f in dataclasses.fields(study):
+        value = getattr(study, f.name)
+        if f.name == "protocol":
+            tables += ["\n[protocol]", *(toml_line(k, v) for k, v in dataclasses.asdict(value).items())]
+        elif f.name == "settings":
+            for name, table in value.items():
+                tables += _table_lines(name, table)
+        else:
+            lines.append(toml_line(f.name, value))
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _table_lines(name: str, table: Mapping[str, Any]) -> list[str]:
+    lines = [toml_line(k, tuple(v) if isinstance(v, list) else v) for k, v in table.items() if not _is_table(v)]
+    found = [f"\n[{name}]", *lines] if lines else []
+    for key, value in table.items():
+        if _is_table(value):
+            found += _table_lines(f"{name}.{key}", value)
+    return found
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables as one, `over` winning, tables in them merged alike."""
+    merged = {k: _merged(v, {}) if _is_table(v) else v for k, v in under.items()}
+    for key, value in over.items():
+        merged[key] = _merged(merged.get(key, {}), value) if _is_table(value) else value
+    return merged
