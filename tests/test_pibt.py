@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from echelon.envs import make
 from echelon.errors import EchelonError
 from echelon.executors import PIBTExecutor
-from echelon.pibt import pibt_moves, pibt_scratch
+from echelon.pibt import parking_fields, pibt_moves, pibt_scratch
 from echelon.planners import make_rule_planner
 from echelon.rng import mix, spawn_keys
 from echelon.rollout import TeamWorlds
@@ -55,6 +55,13 @@ class Board:
                     queue.append(n)
         return field
 
+    def parking(self) -> NDArray[np.uint16]:
+        """What `parking_fields` says of this map."""
+        walls = np.array([[c not in self.free for c in range(self.size)]])
+        fields = np.full((1, self.size), 99, np.uint16)
+        parking_fields(np.ones(1, bool), walls, self.offsets, fields)
+        return fields[0]
+
     def on_cycle(self, a: int, b: int) -> bool:
         """Whether the neighbours `a` and `b` lie on a common cycle: still joined without the edge between them."""
         return bool(self.field(a, without=(a, b))[b] != 65535)
@@ -84,6 +91,7 @@ class Team:
         self.pos = np.array([starts], np.int32)
         self.busy = np.array([[g is not None for g in goals]])
         self.field = np.array([[board.field(g) if g is not None else np.zeros(board.size) for g in goals]], np.uint16)
+        self.parking = board.parking()[None]
         self.waited = np.full(self.pos.shape, -1, np.int32)
         self.fresh = np.zeros(self.pos.shape, bool)
         self.keys, self.counters = spawn_keys(seed, (0,), 1), np.zeros(1, np.uint64)
@@ -93,8 +101,8 @@ class Team:
         legal = np.array([[self.board.legal(int(c)) for c in self.pos[0]]])
         moves = np.full(self.pos.shape, 99, np.int8)
         pibt_moves(
-            self.pos, legal, self.field, self.busy, self.fresh, self.waited, self.board.offsets, self.keys,
-            self.counters, moves, self.scratch,
+            self.pos, legal, self.field, self.parking, self.busy, self.fresh, self.waited, self.board.offsets,
+            self.keys, self.counters, moves, self.scratch,
         )  # fmt: skip
         return moves[0]
 
@@ -118,21 +126,23 @@ def team_on(rows: list[str], goals: dict[str, str | None], **kwargs: Any) -> tup
     return board, Team(board, starts, [None if g is None else board.letters[g] for g in goals.values()], **kwargs)
 
 
-def plain_pibt(team: Team) -> list[int]:
-    """The published pseudo-code, recursive, with the priorities and draws of the kernel; changes nothing."""
+def plain_pibt(team: Team) -> tuple[list[int], list[int]]:
+    """The published pseudo-code, recursive, with the kernel's draws: moves and priorities; changes nothing."""
     board, pos = team.board, [int(c) for c in team.pos[0]]
     num = len(pos)
+    fields = [team.field[0, a] if team.busy[0, a] else team.parking[0] for a in range(num)]
     waited = []
     for a in range(num):
-        w, arrived = int(team.waited[0, a]), team.field[0, a, pos[a]] == 0
-        waited.append(-1 if not team.busy[0, a] else 0 if arrived or w < 0 or team.fresh[0, a] else w + 1)
+        w, there = int(team.waited[0, a]), fields[a][pos[a]] == 0
+        start = team.fresh[0, a] or w < 0 or (there and team.busy[0, a])
+        waited.append(-1 if there and not team.busy[0, a] else 0 if start else w + 1)
     to: dict[int, int] = {}
 
-    def liking(a: int, k: int) -> tuple[int, bool, int]:
+    def liking(a: int, k: int) -> tuple[int, bool, bool, int]:
         v = pos[a] + int(board.offsets[k])
-        length = int(team.field[0, a, v]) if team.busy[0, a] else int(k > 0)
         bits = int(mix(team.keys[0], team.counters[0] + np.uint64(a)))
-        return length, k > 0 and v in pos, bits >> (10 * k) & 1023
+        idle = not team.busy[0, a]
+        return int(fields[a][v]), idle and k > 0, k > 0 and v in pos, bits >> (10 * k) & 1023
 
     def pibt(a: int, parent: int | None) -> bool:
         for k in sorted(np.flatnonzero(board.legal(pos[a])), key=lambda k: liking(a, int(k))):
@@ -147,10 +157,14 @@ def plain_pibt(team: Team) -> list[int]:
         to[a] = pos[a]
         return False
 
-    for a in sorted(range(num), key=lambda a: -waited[a]):
+    turn = sorted(range(num), key=lambda a: -waited[a])
+    for a in turn:
         if a not in to:
             pibt(a, None)
-    return [int(np.flatnonzero(board.offsets == to[a] - pos[a])[0]) for a in range(num)]
+    first = turn[0]
+    if fields[first][pos[first]] > 0 and fields[first][to[first]] >= fields[first][pos[first]]:
+        waited[first] = -1
+    return [int(np.flatnonzero(board.offsets == to[a] - pos[a])[0]) for a in range(num)], waited
 
 
 @st.composite
@@ -186,7 +200,7 @@ def test_never_a_conflict_and_as_the_pseudo_code(board, data):
     for _ in range(12):
         team.fresh[0] = data.draw(st.lists(st.booleans(), min_size=len(starts), max_size=len(starts)))
         expected = plain_pibt(team)
-        assert team.step() == expected
+        assert (team.step(), team.waited[0].tolist()) == expected
 
 
 def test_the_same_worlds_the_same_moves_in_any_batch():
@@ -206,6 +220,7 @@ def test_the_same_worlds_the_same_moves_in_any_batch():
     together = Team(board, list(teams[0][0]), list(teams[0][1]))
     together.pos = np.array([starts for starts, _ in teams], np.int32)
     together.field = np.array([[board.field(g) for g in goals] for _, goals in teams])
+    together.parking = np.repeat(together.parking, 4, 0)
     together.busy, together.fresh = np.ones((4, 9), bool), np.zeros((4, 9), bool)
     together.waited = np.full((4, 9), -1, np.int32)
     together.keys, together.counters = spawn_keys(5, (0,), 4), np.zeros(4, np.uint64)
@@ -213,8 +228,8 @@ def test_the_same_worlds_the_same_moves_in_any_batch():
         legal = np.array([[board.legal(int(c)) for c in row] for row in together.pos])
         moves = np.zeros((4, 9), np.int8)
         pibt_moves(
-            together.pos, legal, together.field, together.busy, together.fresh, together.waited, board.offsets,
-            together.keys, together.counters, moves, together.scratch,
+            together.pos, legal, together.field, together.parking, together.busy, together.fresh, together.waited,
+            board.offsets, together.keys, together.counters, moves, together.scratch,
         )  # fmt: skip
         assert moves.tolist() == [alone[i][t] for i in range(4)]
         together.pos += board.offsets[moves]
@@ -236,9 +251,9 @@ def test_who_is_refused_takes_the_next_best_way():
     for seed in range(20):
         _, team = team_on(["AB#", "DE.", "..g"], {"E": "E", "A": "g", "B": None, "D": None}, seed=seed)
         assert team.step() == [STAY, S, STAY, S]
-    # B is in a dead end: A must wait before it for ever.
+    # B is in a dead end and A nearest to where it stands: A must wait.
     _, team = team_on(["AB#", ".##"], {"A": "B", "B": None})
-    assert [team.step() for _ in range(3)] == [[STAY, STAY]] * 3
+    assert team.step() == [STAY, STAY]
 
 
 def test_a_full_ring_turns():
@@ -287,6 +302,51 @@ def test_priorities_grow_until_the_goal_and_start_again_with_a_new_one():
     team.busy[0, 1] = False
     team.step()
     assert team.waited[0, 1] == -1
+
+
+def test_ways_out_of_dead_ends():
+    rows = [
+        "...####",
+        ".#.....",
+        "...#.##",
+        "####.##",
+        "..#####",
+    ]
+    field = Board(rows).parking().reshape(7, 9)[1:-1, 1:-1]
+    expected = [
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 2, 3, 4],
+        [0, 0, 0, 0, 3, 0, 0],
+        [0, 0, 0, 0, 4, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert field.tolist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(boards())
+def test_parking_is_as_near_as_breadth_first_search_says(board):
+    core = set(board.free)
+    while ends := {c for c in core if len(core.intersection(board.neighbours(c))) < 2}:
+        core -= ends
+    field = board.parking()
+    for cell in range(board.size):
+        lengths = board.field(cell)[sorted(core)] if cell in board.free else np.array([], np.uint16)
+        nearest = lengths.min(initial=65535)
+        assert field[cell] == (0 if nearest == 65535 else nearest)
+
+
+def test_who_has_nothing_to_do_leaves_a_dead_end():
+    # B stands where A wants to go, and A in B's way out. A, the first, can't come nearer, so it lets B go first.
+    board, team = team_on(["..###", "...AB", "..###"], {"A": "B", "B": None})
+    assert team.step() == [STAY, STAY]
+    assert team.waited.tolist() == [[-1, 0]]
+    assert team.step() == [W, W]
+    for _ in range(14):
+        team.step()
+    assert team.pos[0, 0] == board.letters["B"]
+    assert board.parking()[team.pos[0, 1]] == 0
+    assert team.waited[0].tolist() == [0, -1]
 
 
 # -- everybody arrives ----------------------------------------------------------------------------------------------
@@ -394,6 +454,18 @@ def test_few_agents_and_crowds(agents):
     assert episodes.success == episodes.count > 0
 
 
+def test_robots_share_a_dead_end(tmp_path):
+    # The zone lies at the end of a corridor: who has delivered must get out before the next can come in.
+    rows = ["A.P.@@@@@@@@", "....@@@@@@@@", "A.P........Z", "....@@@@@@@@"]
+    path = tmp_path / "dead-end.map"
+    path.write_text("type octile\nheight 4\nwidth 12\nmap\n" + "\n".join(rows) + "\n")
+    worlds = worlds_of("warehouse", 10, size=12, map=path, num_agents=2, num_packages=2, limit=200)
+    for _ in positions(worlds, PIBTExecutor(worlds), 400):
+        pass
+    episodes = worlds.take_episodes()
+    assert episodes.success == episodes.count > 20
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_world_does_not_depend_on_its_neighbours(world):
     many, one = worlds_of(world, 5), worlds_of(world, 1)
@@ -403,13 +475,14 @@ def test_a_world_does_not_depend_on_its_neighbours(world):
 
 
 def test_priorities_in_the_worlds():
-    worlds = worlds_of("warehouse", 8, num_agents=3)
+    worlds = worlds_of("warehouse", 8, num_agents=3, layout="open")
     executor, tracker = PIBTExecutor(worlds), worlds.tracker
     assert tracker is not None
     begun = ended = grown = 0
     for _ in range(150):
         before = executor.waited.copy()
-        begins, over, idle = worlds.begins.copy(), tracker.ended.copy(), tracker.kind <= 0
+        begins, idle = worlds.begins.copy(), tracker.kind <= 0
+        over = (tracker.outcome == Outcome.REACHED) | (tracker.outcome == Outcome.FAILED)
         there = np.take_along_axis(tracker.field, worlds.env.pos[..., None].astype(int), 2)[..., 0] == 0
         moves = executor.act(worlds)
         worlds.advance(moves)

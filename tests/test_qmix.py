@@ -27,7 +27,7 @@ from echelon.training import Rollouts
 
 W, A, D, S, K, T = 6, 3, 7, 5, 4, 8
 QUICK: dict[str, Any] = {
-    "hidden": 16, "embed": 4, "rollout": T, "warmup": 0, "batch": 2 * W * T, "updates": 2, "memory": 3 * W * T,
+    "hidden": 16, "embed": 4, "rollout": T, "warmup": 0, "batch": 2 * W * T, "replay": 4.0, "memory": 3 * W * T,
     "epsilon_start": 0.5, "epsilon_end": 0.1, "epsilon_steps": 500, "tau": 0.2, "lr": 2e-3,
 }  # fmt: skip
 
@@ -90,7 +90,7 @@ def two_step_game(name: str, seed: int) -> float:
     worlds, agents = 16, 2
     config = config_of(name)(
         gamma=0.99, rollout=4, hidden=32, epsilon_start=1.0, epsilon_end=1.0, lam=0.0, lr=2e-3, memory=4096, warmup=0,
-        batch=128, updates=4, tau=0.05,
+        batch=128, replay=8.0, tau=0.05,
     )  # fmt: skip
     team = create(
         name, config, num_envs=worlds, num_agents=agents, obs_scale=np.ones(5, np.float32),
@@ -176,7 +176,7 @@ def test_epsilon_falls_evenly_and_a_loaded_policy_acts_greedily() -> None:
         seen.append(learner.epsilon)
         learner.update(random_rollout(learner, rng))
     np.testing.assert_allclose(seen, [1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
-    actor = build(seed=9, worlds=40)
+    actor = build(seed=9, worlds=40, epsilon_eval=0.0)
     actor.load_state_dict(learner.state_dict(), policy_only=True)
     assert actor.epsilon == 0
     obs, mask = rng.integers(-20, 21, (40, A, D)).astype(np.int8), random_mask(rng, 40, A)
@@ -203,7 +203,9 @@ def by_hand(team: QMIX, buffer: RolloutBuffer, *, mask_targets: bool = True) -> 
     nets = []
     for agent in team.agents:
         assert isinstance(agent, MLP)
-        nets.append([p.clone().requires_grad_() for pair in zip(agent.weights, agent.biases, strict=True) for p in pair])
+        nets.append(
+            [p.clone().requires_grad_() for pair in zip(agent.weights, agent.biases, strict=True) for p in pair]
+        )
     scale = torch.full((D,), 0.05)
 
     def q(net: list[torch.Tensor], obs: NDArray[np.int8]) -> torch.Tensor:
@@ -244,6 +246,9 @@ def test_gradients_are_those_of_the_definition(name: str) -> None:
     rng = np.random.default_rng(1)
     team = build(name, batch=W * T)
     team.update(random_rollout(team, rng))  # so that the targets differ from what learns
+    for agent in team.agents:
+        assert isinstance(agent, MLP)
+        agent.weights[-1].mul_(100)  # and actions from each other: the last layer begins near 0
     team.memory.segments = team.memory._next = 0
     buffer = random_rollout(team, rng)
     assert buffer.finals
@@ -292,7 +297,7 @@ def test_a_time_limit_is_worth_what_it_cut_off() -> None:
     rng = np.random.default_rng(3)
     values = []
     for truncated in (True, False):
-        team = build(gamma=0.8, lam=0.6, lr=5e-3, updates=8)
+        team = build(gamma=0.8, lam=0.6, lr=5e-3, replay=16.0)
         for _ in range(60):
             buffer = random_rollout(team, rng, cuts=0.0)
             buffer.obs[:], buffer.state[:], buffer.reward[:] = 1, 1, 1
@@ -346,23 +351,24 @@ def test_the_memory_is_a_ring_of_whole_rollouts() -> None:
 
 def test_nothing_is_learnt_before_the_warm_up_and_a_single_world_will_do() -> None:
     rng = np.random.default_rng(6)
-    team = build(worlds=1, warmup=2 * T, batch=1)
+    team = build(worlds=1, warmup=T, batch=1)
     before = [p.clone() for p in team.params]
     assert set(team.update(random_rollout(team, rng))) == {"epsilon"}
     assert all(torch.equal(a, b) for a, b in zip(before, team.params, strict=True))
     log = team.update(random_rollout(team, rng))
+    assert team.gradient_steps == 4
     assert set(log) == {"td_loss", "value", "target", "grad_norm", "epsilon"}
     assert not any(torch.equal(a, b) for a, b in zip(before, team.params, strict=True))
 
 
 def test_targets_follow_softly_or_are_copied() -> None:
     rng = np.random.default_rng(7)
-    soft = build(updates=1, tau=0.25)
+    soft = build(replay=2.0, tau=0.25)
     old = [t.clone() for t in soft.targets]
     soft.update(random_rollout(soft, rng))
     for target, before, p in zip(soft.targets, old, soft.params, strict=True):
         torch.testing.assert_close(target.data, before + 0.25 * (p.data - before))
-    hard = build(updates=1, tau=1.0, target_every=3)
+    hard = build(replay=2.0, tau=1.0, target_every=3)
     for n in range(1, 7):
         hard.update(random_rollout(hard, rng))
         equal = all(torch.equal(t.data, p.data) for t, p in zip(hard.targets, hard.params, strict=True))
@@ -439,7 +445,7 @@ def test_a_policy_of_another_shape_is_one_line() -> None:
 
 @pytest.mark.parametrize("changes", [
     {"lam": 1.5}, {"lr": 0.0}, {"epsilon_end": -0.1}, {"epsilon_steps": 0}, {"memory": 0}, {"batch": 0}, {"tau": 0.0},
-    {"warmup": -1}, {"target_every": 0}, {"rollout": 0}, {"epsilon_eval": 2.0}, {"updates": 0}, {"embed": 0},
+    {"warmup": -1}, {"target_every": 0}, {"rollout": 0}, {"epsilon_eval": 2.0}, {"replay": 0.0}, {"embed": 0},
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_one_line(changes: dict[str, Any]) -> None:
     name = next(iter(changes))
@@ -456,7 +462,7 @@ def remembered(recurrent: bool, seed: int) -> float:
     worlds = 32
     config = QMIXConfig(
         recurrent=recurrent, hidden=16, rollout=6, lam=0.0, lr=3e-3, epsilon_steps=4000, memory=worlds * 6 * 16,
-        warmup=0, batch=384, updates=4, tau=0.1, gamma=0.9,
+        warmup=0, batch=384, replay=8.0, tau=0.1, gamma=0.9,
     )  # fmt: skip
     team = create(
         "qmix", config, num_envs=worlds, num_agents=1, obs_scale=np.ones(4, np.float32),
@@ -512,7 +518,7 @@ def loop(method: str, **changes: Any) -> Rollouts:
 
 def test_rollouts_carry_the_true_last_masks() -> None:
     """The mask of a cut episode's last state is that of where its agents stood, not of where the next begins."""
-    rollouts = loop("qmix", warmup=0)
+    rollouts = loop("qmix", warmup=0, batch=64)
     env = rollouts.worlds.env
     seen: list[NDArray[np.uint8]] = []
     settle: Callable[[], NDArray[np.bool_]] = rollouts.worlds.settle
@@ -536,7 +542,7 @@ def test_rollouts_carry_the_true_last_masks() -> None:
 
 
 def test_an_ippo_critic_sees_nothing_but_its_agents_own_observation() -> None:
-    """Neither the state nor a teammate's observation changes a value, and what is learnt doesn't depend on the state."""
+    """Neither the state nor a teammate's observation changes a value, and nothing is learnt from the state."""
     buffers, params = [], []
     for noise in (False, True):
         rollouts = loop("flat-ippo", precision="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_probability_of_improvement_by_hand() -> None:
     # 3 of 4 pairs and one tie; then 0 of 2.
     assert probability_of_improvement([[1, 3]], [[1, 0]]) == pytest.approx(3.5 / 4)
     assert probability_of_improvement([[1, 3], [0.0]], [[1, 0], [1.0, 1.0]]) == pytest.approx(3.5 / 8)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         probability_of_improvement([[1.0]], [[1.0], [2.0]])
 
 
@@ -295,7 +296,7 @@ def test_holm_is_monotone_and_never_below_p(ps: list[float | None]) -> None:
     known = sorted((p, q) for p, q in zip(ps, adjusted, strict=True) if p is not None and q is not None)
     assert [q is None for q in adjusted] == [p is None for p in ps]
     assert all(p <= q <= 1 for p, q in known)
-    assert all(x[1] <= y[1] for x, y in zip(known, known[1:], strict=False))
+    assert all(x[1] <= y[1] for x, y in itertools.pairwise(known))
     # Never harsher than Bonferroni.
     assert all(q <= min(1.0, p * len(known)) for p, q in known)
 
@@ -446,7 +447,7 @@ def test_convergence_is_an_evaluation_s_step_and_needs_its_level(curve: list[flo
     [([], [], {}), ([0, 0], [1, 1], {}), ([0, 1], [1], {}), ([0, 1], [1, 1], {"window": 2}), ([0], [1], {"last": 0})],
 )
 def test_a_curve_that_is_none_raises(steps: list[int], tsr: list[float], options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="ascending|odd"):
+    with pytest.raises(ValueError, match=r"ascending|odd"):
         convergence_time(steps, tsr, **options)  # type: ignore[arg-type]
 
 

@@ -92,7 +92,7 @@ class RunConfig:
         ):
             if not good:
                 raise EchelonError(f"{name} is {getattr(self, name)}: it must be {need}")
-        if self.planner is not None and method(self.method).train_planner is None:
+        if self.planner is not None and method(self.method).eval_planner is None:
             raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
 
     def with_method(self, name: str) -> RunConfig:

@@ -15,9 +15,10 @@ from echelon.errors import EchelonError
 from echelon.llm.choice import ChoiceModel, ChoicePrompt
 from echelon.llm.prompts import PromptTemplate, option_lines
 from echelon.networks import sample_actions
-from echelon.pibt import parking_field, pibt_moves, pibt_scratch
+from echelon.pibt import parking_fields, pibt_moves, pibt_scratch
 from echelon.rng import spawn_keys
 from echelon.rollout import TeamWorlds
+from echelon.subgoals import Outcome
 
 __all__ = ["Executor", "LearnedExecutor", "ModelExecutor", "PIBTExecutor"]
 
@@ -115,8 +116,7 @@ class PIBTExecutor:
     """Takes every agent to its subgoal on shortest paths without a collision: see `echelon.pibt`.
 
     It sees what no learned executor does: the whole map and everybody's subgoal. An agent's priority counts the steps
-    since its last subgoal ended (reached, failed or too late); agents that wait, or have no subgoal, make way and
-    leave dead ends.
+    since its last subgoal was reached or failed; agents that wait, or have no subgoal, make way.
     """
 
     def __init__(self, worlds: TeamWorlds, seed: int = 0) -> None:
@@ -137,14 +137,14 @@ class PIBTExecutor:
     def act(self, worlds: TeamWorlds, *, greedy: bool = False) -> NDArray[np.int8]:
         """Moves for all agents of all worlds, int8 `(W, A)`; `greedy` changes nothing."""
         env, tracker = worlds.env, self.tracker
-        for w in np.flatnonzero(worlds.begins):
-            parking_field(self._parking[w], (env.grid[w] & WALL) == 0, env.offsets)
+        if worlds.begins.any():
+            parking_fields(worlds.begins, (env.grid & WALL) != 0, env.offsets, self._parking)
         busy = tracker.kind > SubgoalKind.WAIT
-        # A wait that is over is no new goal.
-        fresh = worlds.begins[:, None] | (tracker.ended & busy)
+        # A deadline that has passed changes nothing: the goal is still to be reached.
+        fresh = worlds.begins[:, None] | (tracker.ended & (tracker.outcome != Outcome.TIMED_OUT))
         moves = np.empty(self.waited.shape, np.int8)
         pibt_moves(
-            env.pos, worlds.mask, tracker.field, self._parking, busy, fresh, self.waited, env.offsets, self.keys, self.counters, moves,
-            self._scratch,
+            env.pos, worlds.mask, tracker.field, self._parking, busy, fresh, self.waited, env.offsets, self.keys,
+            self.counters, moves, self._scratch,
         )  # fmt: skip
         return moves

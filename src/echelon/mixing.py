@@ -70,7 +70,8 @@ class MonotonicMixer(torch.nn.Module):
             float32 `(B,)`.
         """
         inner, outer, bias, value = self.first(state.float() * self._scale).split(self._parts, -1)
-        weights = self.inner(inner.relu()).abs().view(*values.shape, -1)
+        weights: Tensor = self.inner(inner.relu()).abs().view(*values.shape, -1)
         mixed = torch.nn.functional.elu((values[..., None] * weights).sum(1) + bias)
         weights = self.outer(outer.relu()).abs()
-        return (mixed * weights).sum(-1) + self.value(value.relu()).squeeze(-1)
+        team: Tensor = (mixed * weights).sum(-1) + self.value(value.relu()).squeeze(-1)
+        return team

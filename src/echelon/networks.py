@@ -253,7 +253,7 @@ class RecurrentMLP(torch.nn.Module):
                     torch.nn.init.zeros_(p)
 
     def forward(self, x: Tensor, hidden: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs for a sequence, float32 `(T, B, outputs)`, and the last state, float32 `(B, hidden)`; see `unroll`."""
+        """Outputs for a sequence, float32 `(T, B, outputs)`, and the last state, float32 `(B, hidden)`: `unroll`."""
         out, states = self.unroll(x, hidden, begins)
         return out, states[-1]
 

@@ -5,8 +5,11 @@ Artificial Intelligence 310 (2022), 103752; first at IJCAI 2019. Agents choose i
 that wants an occupied cell lends its priority to whoever stands there, who must then move away first; if that one
 can't, the wish is refused and the next best cell is tried. An agent's priority grows until it arrives, so everybody
 is the first in turn. On a map where every two neighbouring cells lie on a common cycle, the first can always move,
-hence every agent visits its goal within (agents · longest path) steps. In dead ends there is no such promise, so
-agents that have nothing to do leave them (our choice).
+hence every agent visits its goal within (agents · longest path) steps.
+
+In dead ends there is no such promise: who must get out and who wants in may stand before each other for ever. Two
+rules of our own help there, and change nothing where the promise holds: agents that have nothing to do leave dead
+ends, and the first of all agents, if it can't come nearer to its goal, goes last in the next step.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 
 from echelon.rng import mix
 
-__all__ = ["Scratch", "parking_field", "pibt_moves", "pibt_scratch"]
+__all__ = ["Scratch", "parking_fields", "pibt_moves", "pibt_scratch"]
 
 _MOVES = 5
 _FAR = np.uint16(65535)
@@ -36,52 +39,56 @@ def pibt_scratch(num_agents: int, num_cells: int) -> Scratch:
 
 
 @numba.njit(cache=True)
-def parking_field(field, free, offsets):  # type: ignore[no-untyped-def]
-    """The steps out of a dead end: path lengths to the nearest cell that isn't part of one.
+def parking_fields(which, walls, offsets, fields):  # type: ignore[no-untyped-def]
+    """The steps out of dead ends: path lengths to the nearest cell that isn't part of one.
 
     Cells with one free neighbour or none are taken away until there are no more; what is left is no dead end. Where
     nothing is left, every cell is as good as any other.
 
     Args:
-        field: uint16 `(cells,)`, written; 0 on walls, and where no cell outside of dead ends can be reached.
-        free: bool `(cells,)`, walled all round.
+        which: bool `(W,)`, the worlds to write.
+        walls: bool `(W, cells)`, walled all round.
         offsets: int32 `(5,)`, the moves as differences of cells, the first one 0.
+        fields: uint16 `(W, cells)`, written; 0 on walls, and where no cell outside of dead ends can be reached.
     """
-    num = free.shape[0]
-    queue, ways = np.empty(num, np.int32), np.zeros(num, np.int8)
-    tail = 0
-    for cell in range(num):
-        field[cell] = 0
-        if free[cell]:
-            for k in range(1, _MOVES):
-                ways[cell] += free[cell + offsets[k]]
-            if ways[cell] <= 1:
-                field[cell] = _FAR
-                queue[tail] = cell
-                tail += 1
-    head = 0
-    while head < tail:
-        cell = queue[head]
-        head += 1
-        for k in range(1, _MOVES):
-            v = cell + offsets[k]
-            if free[v] and field[v] == 0:
-                ways[v] -= 1
-                if ways[v] == 1:
-                    field[v] = _FAR
-                    queue[tail] = v
+    num = walls.shape[1]
+    queue, ways = np.empty(num, np.int32), np.empty(num, np.int8)
+    for w in np.flatnonzero(which):
+        wall, field = walls[w], fields[w]
+        tail = 0
+        for cell in range(num):
+            field[cell], ways[cell] = 0, 0
+            if not wall[cell]:
+                for k in range(1, _MOVES):
+                    ways[cell] += not wall[cell + offsets[k]]
+                if ways[cell] <= 1:
+                    field[cell] = _FAR
+                    queue[tail] = cell
                     tail += 1
-    # A dead end is a tree, and its cells were taken away from the twigs on: each but the last has its way out behind
-    # it in the queue.
-    for i in range(tail - 1, -1, -1):
-        cell = queue[i]
-        nearest = _FAR
-        for k in range(1, _MOVES):
-            v = cell + offsets[k]
-            if free[v]:
-                nearest = min(nearest, field[v])
-        field[cell] = 0 if nearest == _FAR else nearest + 1
-    return field
+        head = 0
+        while head < tail:
+            cell = queue[head]
+            head += 1
+            for k in range(1, _MOVES):
+                v = cell + offsets[k]
+                if not wall[v] and field[v] == 0:
+                    ways[v] -= 1
+                    if ways[v] <= 1:
+                        field[v] = _FAR
+                        queue[tail] = v
+                        tail += 1
+        # From the last one taken away back to the twigs, each cell's way out is known before the cell's own length.
+        for i in range(tail - 1, -1, -1):
+            cell = queue[i]
+            nearest = _FAR
+            for k in range(1, _MOVES):
+                v = cell + offsets[k]
+                if not wall[v]:
+                    nearest = min(nearest, field[v])
+            field[cell] = nearest if nearest == _FAR else nearest + 1
+        for i in range(tail):
+            if field[queue[i]] == _FAR:
+                field[queue[i]] = 0
 
 
 @numba.njit(inline="always", cache=True)
@@ -119,11 +126,11 @@ def pibt_moves(  # type: ignore[no-untyped-def]
         pos: int32 `(W, A)`, each agent's cell, a flat index; agents of a world stand in different cells.
         legal: bool or uint8 `(W, A, 5)`, the moves that don't run into a wall; the first, staying, always is legal.
         field: uint16 `(W, A, cells)`, path lengths to each agent's goal; read only where `busy`.
-        parking: uint16 `(W, cells)`, the same for agents without a goal: `parking_field`, or zeros.
+        parking: uint16 `(W, cells)`, the same for agents without a goal: `parking_fields`, or zeros.
         busy: bool `(W, A)`, agents that have a goal. The others park: there they stay, and make way for everybody.
         fresh: bool `(W, A)`, agents whose goal is new since the last step, or whose episode begins.
-        waited: int32 `(W, A)`, the priorities, updated: steps since an agent was at its goal or `fresh`, -1 while it
-            parks; of equals the agent with the lower index goes first.
+        waited: int32 `(W, A)`, the priorities, updated: steps since an agent was at its goal, was `fresh` or was the
+            first in vain, -1 while it parks; of equals the agent with the lower index goes first.
         offsets: int32 `(5,)`, the moves as differences of cells, the first one 0.
         keys, counters: uint64 `(W,)`, what decides between equally good cells (`rng.mix`); counters are advanced.
         moves: int8 `(W, A)`, written: indices into `offsets`.
@@ -180,6 +187,10 @@ def pibt_moves(  # type: ignore[no-untyped-def]
                     break  # free or already to be vacated: the whole chain can move
                 parent[b] = a
                 a, asked = b, True
+        a = first[0]
+        goal = field[w, a] if busy[w, a] else parking[w]
+        if 0 < goal[pos[w, a]] <= goal[pos[w, a] + offsets[moves[w, a]]]:
+            waited[w, a] = -1
         for a in range(num):
             here[pos[w, a]] = -1
             reserved[pos[w, a] + offsets[moves[w, a]]] = -1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from echelon.advantages import td_lambda
 from echelon.algorithms.base import AlgorithmConfig
-from echelon.buffers import ReplayMemory, Replayed, RolloutBuffer
+from echelon.buffers import Replayed, ReplayMemory, RolloutBuffer
 from echelon.errors import EchelonError
 from echelon.mixing import MonotonicMixer, SumMixer
 from echelon.networks import MLP, Lanes, Precision, RecurrentMLP, epsilon_greedy, resolve_precision
@@ -41,27 +41,27 @@ class QMIXConfig(AlgorithmConfig):
     """How agents' values become the team's: by a monotonic network that sees the state, or as their sum."""
     embed: int = 32
     """Units of the mixing network's hidden layer."""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """Adam's step size."""
-    lam: float = 0.6
+    lam: float = 0.8
     """Decay of the TD(λ) trace; 0: one-step targets."""
     epsilon_start: float = 1.0
     """Share of random actions at first."""
     epsilon_end: float = 0.05
     """Share of random actions at last."""
-    epsilon_steps: int = 200_000
+    epsilon_steps: int = 100_000
     """Environment steps in which that share falls, evenly."""
-    epsilon_eval: float = 0.0
+    epsilon_eval: float = 0.05
     """Share of random actions of a trained policy."""
     memory: int = 200_000
     """Environment steps that are remembered."""
     warmup: int = 10_000
-    """Environment steps before the first update."""
-    batch: int = 1024
-    """Environment steps a gradient step learns from."""
-    updates: int = 4
-    """Gradient steps after each rollout."""
-    tau: float = 0.01
+    """Environment steps before anything is learnt."""
+    batch: int = 256
+    """Environment steps a gradient step learns from, in whole rollouts of a world (at least one)."""
+    replay: float = 1.0
+    """How often each step is learnt from, on average: it decides how many gradient steps follow a rollout."""
+    tau: float = 0.02
     """How far the target networks move to the learnt ones at a time; 1: they are copied."""
     target_every: int = 1
     """Gradient steps between two such moves."""
@@ -81,7 +81,7 @@ class QMIXConfig(AlgorithmConfig):
             ("memory", self.memory >= 1, "at least 1"),
             ("warmup", self.warmup >= 0, "at least 0"),
             ("batch", self.batch >= 1, "at least 1"),
-            ("updates", self.updates >= 1, "at least 1"),
+            ("replay", self.replay > 0, "above 0"),
             ("tau", 0 < self.tau <= 1, "above 0, up to 1"),
             ("target_every", self.target_every >= 1, "at least 1"),
             ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
@@ -208,11 +208,12 @@ class QMIX:
         self.updates += 1
         stored = time.perf_counter()
         self.seconds = {"memory": stored - start, "learn": 0.0, "optimise": 0.0}
-        ready = self.memory.segments * c.rollout >= c.warmup
+        size = max(1, c.batch // c.rollout)
+        due = max(0, int((self.steps - c.warmup) * c.replay / (size * c.rollout)) - self.gradient_steps)
         stats = np.zeros(4)
-        for _ in range(c.updates if ready else 0):
+        for _ in range(due):
             began = time.perf_counter()
-            which = draw.integers(self.memory.segments, size=max(1, c.batch // c.rollout))
+            which = draw.integers(self.memory.segments, size=size)
             stats[:3] += self._gradient(which)
             learnt = time.perf_counter()
             stats[3] += float(torch.nn.utils.clip_grad_norm_(self.params, c.max_grad_norm))
@@ -223,8 +224,10 @@ class QMIX:
                     target.data.lerp_(p.data, c.tau)
             self.seconds["learn"] += learnt - began
             self.seconds["optimise"] += time.perf_counter() - learnt
-        log = dict(zip(("td_loss", "value", "target", "grad_norm"), (stats / c.updates).tolist(), strict=True))
-        return {**(log if ready else {}), "epsilon": self.epsilon}
+        if not due:
+            return {"epsilon": self.epsilon}
+        log = dict(zip(("td_loss", "value", "target", "grad_norm"), (stats / due).tolist(), strict=True))
+        return {**log, "epsilon": self.epsilon}
 
     def _gradient(self, which: NDArray[np.int64]) -> NDArray[np.float64]:
         """Set the gradient of the loss over the segments `which`; loss, mean team value and mean target."""

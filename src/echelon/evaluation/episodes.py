@@ -38,7 +38,8 @@ class EpisodeResults:
         collisions: int, moves that another agent prevented.
         task_return: float, sum of the task reward.
         seconds: wall time of all episodes, planning included.
-        plans: counts of subgoals and verdicts, and of model questions, calls, cache hits, tokens, seconds.
+        plans: counts of subgoals and verdicts, seconds of planning, and of a model questions, calls, cache hits,
+            tokens, seconds.
         replay: a replay document of the recorded episodes, or None.
     """
 
@@ -126,6 +127,7 @@ def evaluate(
     if worlds.tracker is not None:
         counts = asdict(worlds.tracker.counts)
         plans |= {f"rejected_{k}": v for k, v in counts.pop("rejected").items()} | counts
+        plans["planner_seconds"] = round(sum(spent.seconds for spent in worlds.plan_time.values()), 3)
         for planner, _ in worlds.planners:
             plans |= {k: v for k, v in planner.state_dict().items() if isinstance(v, int)}
     if uses_model:

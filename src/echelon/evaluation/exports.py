@@ -148,7 +148,7 @@ def latex_tables(analysis: Json) -> dict[str, str]:
         "pairs": _table(
             ["Environment", "Size", "Agents", "a", "b", "Difference", "p (Holm)", "Hedges' g"], pairs, "llrllrrr"
         ),
-        "claims": _table(["Claim", "Paper", "Ours", "Verdict"], claims, "llll"),
+        "claims": _table(["Claim", "Paper", "Ours", "Verdict"], claims, "p{50mm}lp{50mm}l"),
     }
 
 

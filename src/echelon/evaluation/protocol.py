@@ -129,7 +129,12 @@ def run_by_protocol(
 
 
 def same_run(old: RunConfig, new: RunConfig) -> bool:
-    """Whether two configs are of one run: threads change the speed alone, steps how long it goes on."""
+    """Whether two configs are of one run: threads change the speed alone, steps how long it goes on.
+
+    A new one whose precision is "auto" takes the old one's: a run goes on as it began, also on another processor.
+    """
+    if new.algorithm.precision == "auto":
+        new = dataclasses.replace(new, algorithm=dataclasses.replace(new.algorithm, precision=old.algorithm.precision))
 
     def plain(run: RunConfig) -> RunConfig:
         return dataclasses.replace(settled(run), threads=None, steps=1)

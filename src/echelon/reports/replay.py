@@ -41,6 +41,8 @@ __all__ = [
     "load_replay",
     "parse_replay",
     "render_replay",
+    "replay_data",
+    "replay_shell",
     "write_replay",
 ]
 
@@ -394,6 +396,24 @@ def _script_json(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def replay_shell(title: str) -> tuple[str, str, str]:
+    """The replay page without a replay: (what comes before its data, what comes after, its script's SHA-256).
+
+    `before + replay_data(replay) + after` is a whole page. The digest is in base64, as a content security policy
+    wants it: a page that holds this one in a frame has to allow its script too.
+    """
+    template = files("echelon.reports").joinpath("replay.html").read_text(encoding="utf-8")
+    head, tail = template.split("__REPLAY_DATA__")
+    script = template.split("<script>", 1)[1].split("</script>", 1)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return head.replace("__SCRIPT_HASH__", digest).replace("__TITLE__", html.escape(title)), tail, digest
+
+
+def replay_data(replay: Replay) -> str:
+    """The data of a replay as the page reads them: JSON that no string in it can end."""
+    return _script_json(_payload(replay))
+
+
 def render_replay(replay: Mapping[str, Any] | Replay) -> str:
     """The page that plays `replay`: one whole HTML file as text, which needs no network and no other file.
 
@@ -403,12 +423,8 @@ def render_replay(replay: Mapping[str, Any] | Replay) -> str:
         EchelonError: `replay` is not a valid document.
     """
     replay = parse_replay(replay)
-    template = files("echelon.reports").joinpath("replay.html").read_text(encoding="utf-8")
-    head, tail = template.split("__REPLAY_DATA__")
-    script = template.split("<script>", 1)[1].split("</script>", 1)[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    head = head.replace("__SCRIPT_HASH__", digest).replace("__TITLE__", html.escape(replay.title))
-    return head + _script_json(_payload(replay)) + tail
+    head, tail, _ = replay_shell(replay.title)
+    return head + replay_data(replay) + tail
 
 
 def write_replay(path: str | Path, replay: Mapping[str, Any] | Replay) -> None:

@@ -16,7 +16,10 @@ from typing import Any, Protocol
 from echelon._files import explain_os_error
 from echelon.errors import EchelonError
 
-__all__ = ["Backend", "PoolBackend", "cores"]
+__all__ = ["ONE_THREAD", "Backend", "PoolBackend", "cores"]
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_LAST_WORDS = 5.0  # seconds that an idle worker has to end by itself
 
 
 def cores() -> int:
@@ -25,13 +28,12 @@ def cores() -> int:
 
 
 class Backend(Protocol):
-    """Does jobs somewhere; see `work.execute`.
+    """Does jobs somewhere; see `work.execute`."""
 
-    Attributes:
-        slots: how many jobs it does at once.
-    """
-
-    slots: int
+    @property
+    def slots(self) -> int:
+        """How many jobs it does at once; it may change."""
+        ...
 
     def start(self, job: dict[str, Any]) -> None:
         """Begin a job; never more than `slots` at once."""
@@ -86,7 +88,6 @@ class PoolBackend:
             worker.process.stdin.flush()
 
     def _spawn(self) -> _Worker:
-        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         # A session of its own: Ctrl-C is for the study, which tells the workers.
         try:
             log = self._log_path.open("ab") if self._log_path is not None else None
@@ -94,8 +95,8 @@ class PoolBackend:
             raise explain_os_error(error, self._log_path or Path()) from error
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "echelon.studies.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, env={**os.environ, **one}, start_new_session=True,
+                [sys.executable, "-m", "echelon.studies.worker", str(os.getpid())], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, env={**os.environ, **ONE_THREAD}, start_new_session=True,
             )  # fmt: skip
         finally:
             if log is not None:
@@ -109,9 +110,11 @@ class PoolBackend:
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
         """Jobs that ended, as (id, outcome)."""
+        readable = [key.data for key, _ in self._selector.select(seconds)]
+        # A worker's own children may hold its pipe open after its death.
+        dead = [worker for worker in self._workers if worker.process.poll() is not None]
         ended = []
-        for key, _ in self._selector.select(seconds):
-            worker: _Worker = key.data
+        for worker in readable + [worker for worker in dead if worker not in readable]:
             assert worker.process.stdout is not None
             data = worker.process.stdout.read(1 << 16)
             if data:
@@ -119,10 +122,11 @@ class PoolBackend:
                 if b"\n" in worker.heard and worker.job is not None:
                     ended.append((worker.job, json.loads(worker.heard)))
                     worker.heard, worker.job = b"", None
-            elif data == b"":
+            elif data == b"" or worker in dead:
                 self._forget(worker)
+                code = worker.process.wait()
                 if worker.job is not None:
-                    ended.append((worker.job, {"status": "died", "reason": _how_it_died(worker.process.wait())}))
+                    ended.append((worker.job, {"status": "died", "reason": _how_it_died(code)}))
         return ended
 
     def _forget(self, worker: _Worker) -> None:
@@ -140,13 +144,17 @@ class PoolBackend:
             if worker.job is not None:
                 worker.process.kill()
             self._forget(worker)
-            worker.process.wait()
+            try:
+                worker.process.wait(_LAST_WORDS)
+            except subprocess.TimeoutExpired:  # a thread of a user's module, say
+                worker.process.kill()
+                worker.process.wait()
         self._selector.close()
 
 
 def _how_it_died(code: int) -> str:
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"its worker was killed by {name}{hint}"
     return f"its worker ended with status {code}"

@@ -7,11 +7,12 @@ finished, `failed.json` when it can't be), `results.json` (everything, collected
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from echelon._files import atomic_write_json, atomic_write_text, only_writer, re
 from echelon.checkpoints import FORMAT as CHECKPOINT_FORMAT
 from echelon.checkpoints import checkpoints_of
 from echelon.errors import EchelonError, StorageError
+from echelon.evaluation.protocol import FORMAT as PROTOCOL_FORMAT
 from echelon.studies.backends import Backend, cores
 from echelon.studies.costs import estimate
 from echelon.studies.spec import Study, StudyRun, study_to_toml
@@ -79,7 +81,9 @@ def run_study(
     with only_writer(folder):
         remove_leftovers(folder)
         done = {run.id: _state_of(folder / "runs" / run.id) for run in runs}
-        atomic_write_text(folder / "study.toml", study_to_toml(study))
+        # Files that it imports are found from its folder, too.
+        imports = tuple(str(Path(n).resolve()) if n.endswith(".py") else n for n in study.imports)
+        atomic_write_text(folder / "study.toml", study_to_toml(replace(study, imports=imports)))
         stop = folder / f".stop-{os.getpid()}"
         for old in folder.glob(".stop-*"):
             old.unlink(missing_ok=True)
@@ -120,6 +124,9 @@ class _Engine:
             elif state == "failed" and not retry_failed:
                 m.failed[name] = read_json(self.folder / "runs" / name / "failed.json", "failed run")["reason"]
             else:
+                # Begun again, it goes on next time if it is stopped now.
+                with contextlib.suppress(OSError):
+                    (self.folder / "runs" / name / "failed.json").unlink(missing_ok=True)
                 waiting.append(name)
         attempts: dict[str, int] = {}
         trouble: str | None = None
@@ -190,11 +197,16 @@ def _state_of(folder: Path) -> str | None:
             _require_format(folder, file, told.get("format") if isinstance(told, dict) else None, FORMAT)
             state = name
     if state is None:
-        for checkpoint in checkpoints_of(folder / "checkpoints")[-1:]:
-            manifest = checkpoint / "manifest.json"
-            if manifest.exists():
-                told = read_json(manifest, "checkpoint manifest")
-                _require_format(folder, "checkpoint", told.get("format"), CHECKPOINT_FORMAT)
+        # Of another format, the study isn't begun; what is damaged is told as the reason of its run alone.
+        formats = {folder / "protocol.json": PROTOCOL_FORMAT}
+        formats |= {path / "manifest.json": CHECKPOINT_FORMAT for path in checkpoints_of(folder / "checkpoints")[-1:]}
+        for path, known in formats.items():
+            with contextlib.suppress(OSError, ValueError):
+                told = json.loads(path.read_text(encoding="utf-8"))
+                of = told.get("of", told) if isinstance(told, dict) else {}
+                found = of.get("format") if isinstance(of, dict) else None
+                if isinstance(found, int):
+                    _require_format(folder, path.name, found, known)
     return state
 
 

@@ -20,7 +20,7 @@ _PRESETS = {
             sizes=(10, 20),
             seeds=(0, 1),
             steps=400_000,
-            protocol=Protocol(every=100_000, episodes=32, final_episodes=100),
+            protocol=Protocol(every=20_000, episodes=32, final_episodes=100),
         ),
         Study(
             name="medium",
@@ -29,7 +29,7 @@ _PRESETS = {
             sizes=(10, 20, 50),
             seeds=(0, 1, 2),
             steps=2_000_000,
-            protocol=Protocol(every=250_000, episodes=32, final_episodes=320),
+            protocol=Protocol(every=100_000, episodes=32, final_episodes=320),
         ),
         # 5 sizes x 2 teams x 5 seeds x 164 episodes: the paper's 8,200 evaluation episodes, for each method.
         Study(
@@ -40,7 +40,7 @@ _PRESETS = {
             agents=(4, 8),
             seeds=(0, 1, 2, 3, 4),
             steps=5_000_000,
-            protocol=Protocol(every=500_000, episodes=32, final_episodes=164),
+            protocol=Protocol(every=250_000, episodes=32, final_episodes=164),
         ),
     )
 }

@@ -134,12 +134,14 @@ class Study:
         return tuple(runs)
 
     def _run(self, environment: str, size: int, agents: int, name: str, seed: int) -> StudyRun:
-        own = self.settings.get("method", {}).get(name, {})
-        data = _merged(self.settings.get("run", {}), own)
+        data = _merged(self.settings.get("run", {}), self.settings.get("method", {}).get(name, {}))
         env = {**self.settings.get("env", {}).get(environment, {}), **data.pop("env", {})}
-        for key in ("method", "environment", "seed", "steps"):
+        for key in ("method", "environment", "seed", "steps", "threads"):
             if key in data:
                 raise EchelonError(f"study {self.name}: {key} is the study's own; it can't be in [run] or [method]")
+        for key, own in (("size", "sizes"), ("num_agents", "agents")):
+            if key in env:
+                raise EchelonError(f"study {self.name}: {key} can't be in [env]: the study's {own} say it")
         data |= {
             "method": name,
             "environment": environment,
@@ -176,7 +178,12 @@ def import_modules(names: Sequence[str]) -> None:
             if spec is None or spec.loader is None or not path.exists():
                 raise EchelonError(f"imports: there is no file {name}")
             sys.modules[module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module])
+            try:
+                spec.loader.exec_module(sys.modules[module])
+            except BaseException:
+                # Or the next import would take it for done.
+                del sys.modules[module]
+                raise
         except EchelonError:
             raise
         except Exception as error:  # whatever a user's file may raise
@@ -191,7 +198,7 @@ def read_study(path: Path) -> Study:
     """
     study = study_from_toml(read_toml_file(path, "study"), str(path), name=path.stem)
     # Files that it imports lie beside it.
-    beside = tuple(str(path.parent / n) if n.endswith(".py") else n for n in study.imports)
+    beside = tuple(str((path.parent / n).resolve()) if n.endswith(".py") else n for n in study.imports)
     return dataclasses.replace(study, imports=beside)
 
 
@@ -231,7 +238,9 @@ def _table_lines(name: str, table: Mapping[str, Any]) -> list[str]:
     found = [f"\n[{name}]", *lines] if lines else []
     for key, value in table.items():
         if _is_table(value):
-            found += _table_lines(f"{name}.{key}", value)
+            # Names of a user's own methods and environments may be anything.
+            bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+            found += _table_lines(f"{name}.{key if bare else toml_line('', key).removeprefix(' = ')}", value)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from echelon._files import atomic_write_json, read_json, remove_leftovers
+from echelon._files import atomic_write_json, explain_os_error, only_writer, read_json, remove_leftovers
 from echelon.configs import from_toml, to_toml
 from echelon.errors import BusyError, EchelonError, StorageError
 from echelon.evaluation.protocol import Protocol, run_by_protocol
@@ -25,6 +26,7 @@ from echelon.studies.spec import Study, StudyRun, import_modules
 __all__ = ["FORMAT", "execute", "job_of", "read_progress"]
 
 FORMAT = 1
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # no fault of a run's
 _BUSY_FOR = 60.0  # seconds: an orphan of a killed study leaves its run after its next update
 
 
@@ -71,7 +73,9 @@ def execute(job: dict[str, Any], orphaned: Callable[[], bool] = lambda: False) -
         try:
             return _execute(job, folder, should_stop)
         except BusyError as error:
-            if time.monotonic() - began > _BUSY_FOR or should_stop():
+            if should_stop():
+                return {"status": "stopped", "reason": None}
+            if time.monotonic() - began > _BUSY_FOR:
                 return {"status": "storage", "reason": str(error)}
             time.sleep(0.5)
         except StorageError as error:
@@ -80,30 +84,35 @@ def execute(job: dict[str, Any], orphaned: Callable[[], bool] = lambda: False) -
             return _failed(job, folder, str(error), None)
         except MemoryError as error:
             return _failed(job, folder, f"out of memory ({error})", None)
+        except OSError as error:
+            if error.errno in _DISK:
+                return {"status": "storage", "reason": str(explain_os_error(error, folder))}
+            return _failed(job, folder, f"{type(error).__name__}: {error}", traceback.format_exc())
         except Exception as error:  # a user's environment or planner may raise anything; the study goes on
             return _failed(job, folder, f"{type(error).__name__}: {error}", traceback.format_exc())
         finally:
-            Path(job["progress"]).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(job["progress"]).unlink(missing_ok=True)
 
 
 def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
     import tomllib
 
     import_modules(job["imports"])
-    if folder.exists():
-        remove_leftovers(folder)
     run = from_toml(tomllib.loads(job["config"]), f"run {job['id']}")
-    told = _Progress(Path(job["progress"]))
-    start = time.time()
-    found = run_by_protocol(
-        run, folder, Protocol(**job["protocol"]), record=job["record"], report=told, should_stop=should_stop
-    )
-    if found is None:
-        return {"status": "stopped", "reason": None}
-    result = {"format": FORMAT, "id": job["id"], **job["cell"], "steps": run.steps, "status": "finished"}
-    atomic_write_json(folder / "result.json", {**result, "reason": None, **found})
-    with contextlib.suppress(OSError):
-        (folder / "failed.json").unlink(missing_ok=True)
+    # The trainer holds the run's folder while it trains; this holds it between, too.
+    with only_writer(folder / ".job"):
+        remove_leftovers(folder)
+        start = time.time()
+        told = _Progress(Path(job["progress"]))
+        protocol = Protocol(**job["protocol"])
+        found = run_by_protocol(run, folder, protocol, record=job["record"], report=told, should_stop=should_stop)
+        if found is None:
+            return {"status": "stopped", "reason": None}
+        result = {"format": FORMAT, "id": job["id"], **job["cell"], "steps": run.steps, "status": "finished"}
+        atomic_write_json(folder / "result.json", {**result, "reason": None, **found})
+        with contextlib.suppress(OSError):
+            (folder / "failed.json").unlink(missing_ok=True)
     return {"status": "finished", "reason": None, "seconds": time.time() - start}
 
 

@@ -1,4 +1,7 @@
-"""A worker process of the pool: `python -m echelon.studies.worker`, one job a line in, one outcome a line out."""
+"""A worker process of the pool: `python -m echelon.studies.worker PID`, a job a line in, an outcome a line out.
+
+PID is the process that gives the jobs; a worker whose parent is another one has been orphaned.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 
 def main() -> None:
     """Do jobs until there are no more, or whoever gives them is gone."""
-    parent = os.getppid()
+    parent = int(sys.argv[1])
     # What a job prints must not get between the outcomes.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
