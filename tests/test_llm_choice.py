@@ -205,6 +205,48 @@ def test_a_template_without_a_system_role(tmp_path: Path) -> None:
     assert len(set(bits(model.score(QUESTIONS)))) > 10
 
 
+def rated(number: int) -> ChoicePrompt:
+    """A question whose options are asked by themselves, some of them the same as other questions'."""
+    each = tuple(f"package, {k * number % 17} steps. A or B?" for k in range(1, 3 + number % 6))
+    return ChoicePrompt(SHARED, "\n".join(each), each, each)
+
+
+def test_options_asked_by_themselves_are_as_probable_as_their_odds(tiny: Path) -> None:
+    model = CausalChoiceModel.load(f"hf:{tiny}", dtype="float32")
+    for prompt, scores in zip(map(rated, range(1, 5)), model.score([rated(n) for n in range(1, 5)]), strict=True):
+        alone = [plain_scores(tiny, ChoicePrompt(SHARED, text, ("good", "bad")), torch.float32) for text in prompt.each]
+        odds = np.array([np.exp(logprobs[0] - logprobs[1]) for logprobs, _ in alone])
+        np.testing.assert_allclose(np.exp(scores.logprobs), odds / odds.sum(), atol=1e-5)
+        assert scores.logprobs.dtype == np.float32
+        assert not scores.logprobs.flags.writeable
+        assert scores.prompt_tokens == sum(tokens for _, tokens in alone)
+    assert len(set(bits(model.score([rated(n) for n in range(1, 5)])))) == 4
+
+
+def test_options_asked_by_themselves_have_the_same_bits_in_any_company(tiny: Path) -> None:
+    prompts = [rated(n) if n % 3 else question(n) for n in range(1, 13)]
+    expected = bits(CausalChoiceModel.load(f"hf:{tiny}", batching="alone", cache_size=0).score(prompts))
+    for cache_size in (0, 7, 1000):
+        model = CausalChoiceModel.load(f"hf:{tiny}", cache_size=cache_size)
+        for part in (slice(7, None), slice(None, 9), slice(None, None, -1)):
+            assert bits(model.score(prompts[part])) == expected[part]
+
+
+def test_what_options_have_in_common_is_computed_once(tiny: Path) -> None:
+    model = CausalChoiceModel.load(f"hf:{tiny}")
+    one, two, three = (ChoicePrompt("s", "", tuple(each), tuple(each)) for each in ("abc", "cab", "cd"))
+    [scores, turned] = model.score([one, two])
+    assert scores.logprobs.tolist() == turned.logprobs[[1, 2, 0]].tolist()
+    assert (model.prompts, model.calls, model.cache_hits) == (2, 1, 1)
+    before = model.prompt_tokens
+    [mixed] = model.score([three])
+    assert (model.prompts, model.calls, model.cache_hits) == (3, 2, 1)
+    assert 0 < model.prompt_tokens - before < mixed.prompt_tokens
+    assert before == scores.prompt_tokens
+    with pytest.raises(EchelonError, match="2 options and 1 texts"):
+        model.score([ChoicePrompt("s", "t", ("x", "y"), ("x",))])
+
+
 def test_control_tokens_in_a_text_stay_text(tiny: Path) -> None:
     model = CausalChoiceModel.load(f"hf:{tiny}")
     control = model._chat._tokenizer.convert_tokens_to_ids("<|im_end|>")

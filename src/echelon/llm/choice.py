@@ -39,11 +39,21 @@ class ChoicePrompt:
             ends such that the letter comes next ("Answer with one letter.").
         options: what the letters A, B, … stand for, in words; 1 to 26. Only their number is used for
             scoring.
+        each: empty, or one text an option, in their order: then `text` is not sent. Each of these is asked by
+            itself behind `shared`, to be answered with A (good) or B (bad), and an option's probability is
+            proportional to its odds P(A) / P(B). So no option has a letter or a place that a model could
+            favour, and a text that many prompts have in common is computed once.
     """
 
     shared: str
     text: str
     options: tuple[str, ...]
+    each: tuple[str, ...] = ()
+
+    @property
+    def questions(self) -> list[ChoicePrompt]:
+        """What is sent for it: itself, or a question of two letters an option."""
+        return [ChoicePrompt(self.shared, text, ("good", "bad")) for text in self.each] or [self]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +63,8 @@ class ChoiceScores:
     Args:
         logprobs: natural logarithms of the options' probabilities, shape (num_options,), float32,
             normalised over the options; read-only.
-        prompt_tokens: the prompt's length in tokens, the shared part included.
+        prompt_tokens: the prompt's length in tokens, the shared part included; of all its questions together where
+            each option is asked by itself.
     """
 
     logprobs: NDArray[np.float32]
@@ -88,8 +99,9 @@ class CausalChoiceModel:
     `score` is safe to call from several threads; it uses no gradient and leaves torch's random numbers and
     thread count as they were.
 
-    Counters (in `state_dict`): `prompts` asked; `calls`, those that went through the model; `cache_hits`,
-    those that did not; `prompt_tokens` of the calls, shared part included; `seconds` spent in `score`.
+    Counters (in `state_dict`): `prompts` asked; `calls`, those of which anything went through the model;
+    `cache_hits`, those of which nothing did; `prompt_tokens` of what went through, shared part included; `seconds`
+    spent in `score`.
     Of these only `prompts` is the same in a resumed run: the others say what the work cost, and a resumed
     run starts with an empty cache.
     """
@@ -205,16 +217,27 @@ class CausalChoiceModel:
         """The log-probabilities of each prompt's options, in the order of the prompts.
 
         Raises:
-            EchelonError: a prompt with no option or more than 26, or longer than the model's context; the
-                model's numbers are not finite.
+            EchelonError: a prompt with no option or more than 26, or longer than the model's context, or whose
+                `each` doesn't fit its options; the model's numbers are not finite.
         """
         for prompt in prompts:
             check_options(prompt.options)
+            if prompt.each and len(prompt.each) != len(prompt.options):
+                raise EchelonError(f"a prompt has {len(prompt.options)} options and {len(prompt.each)} texts for them")
         with self._lock, _torch_threads(self._threads), torch.inference_mode():
             start = time.perf_counter()
-            keys = [_key(prompt) for prompt in prompts]
-            found = {key: self._cache[key] for key in keys if key in self._cache}
-            fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+            keys = [[_key(question) for question in prompt.questions] for prompt in prompts]
+            found: dict[bytes, ChoiceScores] = {}
+            fresh: dict[bytes, ChoicePrompt] = {}
+            calls = 0
+            for prompt, its_keys in zip(prompts, keys, strict=True):
+                before = len(fresh)
+                for key, question in zip(its_keys, prompt.questions, strict=True):
+                    if key in self._cache:
+                        found[key] = self._cache[key]
+                    else:
+                        fresh[key] = question
+                calls += len(fresh) > before
             for key, scores in zip(fresh, self._compute(list(fresh.values())), strict=True):
                 found[key] = scores
                 self.prompt_tokens += scores.prompt_tokens
@@ -224,10 +247,14 @@ class CausalChoiceModel:
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
             self.prompts += len(prompts)
-            self.calls += len(fresh)
-            self.cache_hits += len(prompts) - len(fresh)
+            self.calls += calls
+            self.cache_hits += len(prompts) - calls
+            result = [
+                self._rated([found[key] for key in its_keys]) if prompt.each else found[its_keys[0]]
+                for prompt, its_keys in zip(prompts, keys, strict=True)
+            ]
             self.seconds += time.perf_counter() - start
-        return [found[key] for key in keys]
+        return result
 
     def state_dict(self) -> dict[str, int | float]:
         """The counters, fit for JSON. The caches hold nothing that can't be computed again."""
@@ -269,7 +296,7 @@ class CausalChoiceModel:
             hidden = self._scorer.last_hidden(prefix, [ids[len(prefix) :] for _, ids in members])
             for (index, ids), state in zip(members, hidden, strict=True):
                 logits = self._letter_logits(state)[: len(prompts[index].options)]
-                scores[index] = ChoiceScores(self._normalise(logits), len(ids))
+                scores[index] = ChoiceScores(self._normalise(logits.double().numpy()), len(ids))
         return [scores[index] for index in range(len(prompts))]
 
     def _prefix(self, shared: str) -> tuple[int, ...]:
@@ -284,8 +311,12 @@ class CausalChoiceModel:
         logits = torch.mv(self._head, hidden.float())
         return logits if self._bias is None else logits + self._bias
 
-    def _normalise(self, logits: torch.Tensor) -> NDArray[np.float32]:
-        values = logits.double().numpy()
+    def _rated(self, answers: Sequence[ChoiceScores]) -> ChoiceScores:
+        """One score of the answers, A or B, about each option by itself."""
+        odds = np.array([float(answer.logprobs[0]) - float(answer.logprobs[1]) for answer in answers])
+        return ChoiceScores(self._normalise(odds), sum(answer.prompt_tokens for answer in answers))
+
+    def _normalise(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         if not np.isfinite(values).all():
             raise self._not_finite()
         shifted = values - values.max()

@@ -1,12 +1,14 @@
-"""A language model chooses each agent's subgoal among the candidates, by the probability of its letter.
+"""A language model chooses each agent's subgoal among the candidates, by the probability that it gives to each.
 
 Constrained planning: the model can't say anything but one of the open candidates, so what remains for the
-feasibility chain is what a letter can't know. Prompts, the order of options and the way in which a team's
-choices are joined are our choice; the paper states none of them.
+feasibility chain is what a letter can't know. The model is asked of each candidate by itself whether it is good
+(A) or bad (B), or, with templates that show all of them, for the letter of one. Prompts, the order of options and
+the way in which a team's choices are joined are our choice; the paper states none of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from echelon.envs.kernels import UNREACHABLE
 from echelon.errors import EchelonError
 from echelon.llm.choice import ChoiceModel, ChoicePrompt, ChoiceScores
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, option_lines
-from echelon.subgoals import Plan, PlanRequest, Verdict
+from echelon.subgoals import Plan, PlanRequest, SubgoalKind, Verdict
 
 __all__ = ["LLMPlanner"]
 
 _BATCH = 64  # questions asked at a time: seconds, not minutes, between two looks at whether to stop
 PROMPTS = Path(__file__).parent / "prompts"
+_EACH = frozenset({"option", "what", "steps"})  # fields of a template that is about one option
+_WHICH = re.compile(r"[\d(),]+")  # ids and cells
 
 
 class LLMPlanner:
@@ -47,8 +51,11 @@ class LLMPlanner:
 
         Args:
             model: anything that scores options.
-            max_options: most candidates shown (the nearest ones), 2 to 26.
-            folder: where the templates `choose_system.txt` and `choose.txt` lie.
+            max_options: most candidates asked about (the nearest ones), 2 to 26.
+            folder: where the templates `choose_system.txt` and `choose.txt` lie. One with the field `options` is
+                asked once an agent, for the letter of an option; one with `option` (in words, with its path length)
+                or `what` and `steps` (the same in two, without its id or cell) once an option, for A or B. Both may
+                have `robot`, `cell` and `feedback`.
 
         Raises:
             EchelonError: max_options is out of range, or a template can't be used.
@@ -59,6 +66,8 @@ class LLMPlanner:
         self.model, self.max_options = model, max_options
         self.shared = PromptTemplate.from_file(folder / "choose_system.txt").render()
         self.template = PromptTemplate.from_file(folder / "choose.txt")
+        if "options" in self.template.fields and (both := sorted(_EACH & self.template.fields)):
+            raise EchelonError(f"{self.template.source}: it has {{options}} for all, so it can't have {{{both[0]}}}")
         self.asked = self.forced = self.failures = 0
         self.between: Callable[[int, int], None] = lambda answered, questions: None
 
@@ -70,7 +79,7 @@ class LLMPlanner:
         notes: list[dict[str, Any]] = [{"model": self.model.name, "agents": {}} for _ in request.rows]
         taken = request.taken.copy()
         for i, a in zip(*np.nonzero(request.need), strict=True):
-            options = self._open(request, taken, int(i), int(a))
+            options = self.open(request, taken, int(i), int(a))
             if len(options) == 1:
                 self.forced += 1
                 notes[int(i)]["agents"][int(a)] = {"forced": True}
@@ -88,7 +97,7 @@ class LLMPlanner:
             i, a, options, prompt = questions[q]
             ranked = options[np.argsort(-scores[q].logprobs, kind="stable")]
             best = next((int(c) for c in ranked if not self._is_taken(request, taken, i, a, int(c))), -1)
-            if best < 0 and len(left := self._open(request, taken, i, a)):
+            if best < 0 and len(left := self.open(request, taken, i, a)):
                 # Others took all that it was shown.
                 best = int(left[np.argmin(request.distance[i, a, left])])
             if best >= 0:
@@ -125,25 +134,34 @@ class LLMPlanner:
     def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
         """What the model is asked about agent `a` of row `i` with the candidates `options` (int64 `(k,)`)."""
         assert request.distance is not None
-        words = tuple(f"{request.text(i, a, int(c), brief=True)}, {request.distance[i, a, c]} steps" for c in options)
+        brief = [request.text(i, a, int(c), brief=True) for c in options]
+        steps = [int(request.distance[i, a, c]) for c in options]
+        words = tuple(f"{text}, {length} steps" for text, length in zip(brief, steps, strict=True))
         verdict = Verdict(int(request.rejected[i, a]))
         feedback = f"Your last choice was refused: {verdict.reason}.\n" if verdict else ""
         cell = request.where(i, a)
-        fields = {
-            "robot": a,
-            "cell": f"row {cell[0]}, column {cell[1]}",
-            "options": option_lines(words),
-            "feedback": Block(feedback),
-        }
-        # A user's own template need not use every field.
-        text = self.template.render(**{k: v for k, v in fields.items() if k in self.template.fields})
-        return ChoicePrompt(self.shared, text, words)
+        fields = {"robot": a, "cell": f"row {cell[0]}, column {cell[1]}", "feedback": Block(feedback)}
+        if not self.template.fields & _EACH:
+            text = self._render({**fields, "options": option_lines(words)})
+            return ChoicePrompt(self.shared, text, words)
+        each = tuple(
+            self._render({**fields, "option": option, "what": " ".join(_WHICH.sub(" ", text).split()), "steps": length})
+            for option, text, length in zip(words, brief, steps, strict=True)
+        )
+        return ChoicePrompt(self.shared, "\n".join(each), words, each)
 
-    def _open(self, request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int) -> NDArray[np.int64]:
+    def _render(self, fields: Mapping[str, object]) -> str:
+        # A user's own template need not use every field.
+        return self.template.render(**{k: v for k, v in fields.items() if k in self.template.fields})
+
+    def open(self, request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int) -> NDArray[np.int64]:
+        """The open candidates that agent `a` of row `i` is asked about, the nearest `max_options`, int64 `(k,)`."""
         assert request.distance is not None
         c, lengths = request.candidates, request.distance[i, a]
         usable = (c.kind[i, a] > 0) & (lengths != UNREACHABLE) & ~request.refused[i, a]
         options = [int(k) for k in np.flatnonzero(usable) if not self._is_taken(request, taken, i, a, int(k))]
+        # As for `hungarian`: whoever can finish something is not asked about a tool, else robots go from rack to rack.
+        options = [k for k in options if c.kind[i, a, k] != SubgoalKind.TOOL] or options
         nearest = sorted(options, key=lambda k: (int(lengths[k]), k))[: self.max_options]
         return np.array(sorted(nearest), np.int64)
 
