@@ -440,15 +440,25 @@ def test_planners_are_those_of_the_docs() -> None:
 def test_measured_skill_is_that_of_the_results() -> None:
     result = json.loads((ROOT / "docs/results/planner-skill.json").read_text(encoding="utf-8"))
     text = " ".join((ROOT / "docs/planners.md").read_text(encoding="utf-8").split())
-    one, other = result["by id"], result["reversed"]
-    nearest, again = one["nearest chosen"], other["nearest chosen"]
-    for told in (
-        f"{nearest['value']:.2f} of {result['scenes']} scenes",
-        f"{nearest['low']:.2f} to {nearest['high']:.2f}; chance {one['chance']:.2f}",
-        f"{again['value']:.2f} ({again['low']:.2f} to {again['high']:.2f})",
-        f"first option in {one['first option chosen']:.2f} and {other['first option chosen']:.2f}",
-    ):
-        assert told in text
+    worlds = ("warehouse", "repair", "search")
+
+    def nearest(style: str) -> list[str]:
+        return [f"{result[style][world]['by id']['nearest chosen']['value']:.2f}" for world in worlds]
+
+    for world in worlds:
+        one = result["each by itself"][world]["by id"]
+        share, extra = one["nearest chosen"], one["extra steps"]["value"]
+        assert (
+            f"| {share['value']:.2f} ({share['low']:.2f} to {share['high']:.2f}) | {one['chance']:.2f} | {extra:.1f} "
+            f"| {one['extra steps at random']:.1f} |" in text
+        )
+        assert result["letters"][world]["by id"]["first option chosen"] == 1
+    assert "{}, {} and {} of the nearest".format(*nearest("letters")) in text
+    assert f"(nearest chosen: {', '.join(nearest('control: long ways are good'))})" in text
+    assert f"({', '.join(nearest('control: A is bad'))})" in text
+    name = "ms a question, first 640 of a run"
+    each, letters = (result["cost"][style][name] for style in ("each by itself", "letters"))
+    assert f"| **{each:.1f} ms** a question | {letters:.0f} ms | {each / letters:.2f} |" in text
 
 
 def test_the_picture_is_whole() -> None:

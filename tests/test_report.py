@@ -129,7 +129,9 @@ def check(text: str) -> Page:
     assert len(page.ids) == len(set(page.ids))
     links = [a["href"] for tag, a in page.elements if tag == "a"]
     assert all(link.startswith("#") and link[1:] in page.ids for link in links)
-    assert not re.search(r"https?://|\bsrc=|@import|url\(", re.sub(r"<script type=.*?</script>", "", text))
+    assert not any({"src", "srcset", "data", "action", "style"} & set(a) for tag, a in page.elements if tag != "svg")
+    style = text.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style and "http" not in style
     assert all(a.get("aria-label") for a in page.of("svg", role="img"))
     assert all(a.get("scope") for tag, a in page.elements if tag == "th")
     assert not re.search(r"\bnan\b|\bNone\b|\binf\b", page.words)
@@ -223,6 +225,13 @@ def test_an_analysis_of_nothing_is_enough() -> None:
     results, _ = small(methods=("l2m2",), seeds=(0,))
     page = check(render_report(results, {"format": 1}))
     assert "not asked about the paper's claims" in page.words
+
+
+def test_the_definitions_are_those_of_the_analysis(whole: tuple[Document, Document]) -> None:
+    results, analysis = copy.deepcopy(whole)
+    analysis["settings"] = {"convergence": "when it <stays>", "resamples": 1234, "seed": 5}
+    words = Page(render_report(results, analysis)).words
+    assert "when it <stays>" in words and "1,234 resamples (seed 5)" in words
 
 
 def test_how_to_reproduce_names_the_preset_or_the_file() -> None:
@@ -410,7 +419,8 @@ def test_every_marker_and_kind_of_plot_is_drawn_inside_its_picture(marker: str, 
     plot = Plot("p", linear_axis("x", 2.0), y, (series,), bars=kind == "bars", stairs=kind == "stairs")
     root = ET.fromstring(charts.panel_svg(plot, "label"))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
-    absolute = [e.get("d", "") for e in root if e.get("class", "").split()[0] in ("line", "band", "whisker", "grid")]
+    kinds = {"line", "band", "whisker", "grid"}
+    absolute = [e.get("d", "") for e in root if kinds & set((e.get("class") or "").split())]
     numbers = [tuple(map(float, pair.split())) for d in absolute for pair in re.findall(r"[\d.-]+ [\d.-]+", d)]
     assert numbers and all(0 <= a <= width and 0 <= b <= height for a, b in numbers)
 

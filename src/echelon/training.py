@@ -342,7 +342,7 @@ class Trainer:
         if self._plans is None:
             self._pending.append(trace)
         else:
-            self._plans.write({"at": self.step, **dataclasses.asdict(trace)})
+            self._plans.write({"at": self.step, **vars(trace)})
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class QMIXConfig(AlgorithmConfig):
     """Units of the mixing network's hidden layer."""
     lr: float = 1e-3
     """Adam's step size."""
-    lam: float = 0.8
+    lam: float = 0.9
     """Decay of the TD(λ) trace; 0: one-step targets."""
     epsilon_start: float = 1.0
     """Share of random actions at first."""
@@ -57,9 +57,9 @@ class QMIXConfig(AlgorithmConfig):
     """Environment steps that are remembered."""
     warmup: int = 10_000
     """Environment steps before anything is learnt."""
-    batch: int = 256
+    batch: int = 512
     """Environment steps a gradient step learns from, in whole rollouts of a world (at least one)."""
-    replay: float = 1.0
+    replay: float = 2.0
     """How often each step is learnt from, on average: it decides how many gradient steps follow a rollout."""
     tau: float = 0.02
     """How far the target networks move to the learnt ones at a time; 1: they are copied."""
@@ -312,8 +312,10 @@ class QMIX:
 
     # -- the whole state, for checkpoints --------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that decides what is learnt and drawn next, the whole memory too, as tensors by name."""
+    def state_dict(self, *, policy_only: bool = False) -> dict[str, Tensor]:
+        """Everything that decides what is learnt and drawn next, the whole memory too; or only what acting needs."""
+        if policy_only:
+            return {name: p.data.clone() for name, p, _ in self._named() if name.startswith("agent.")}
         state = {f"memory.{name}": torch.from_numpy(array) for name, array in self.memory.state_dict().items()}
         more = {
             "hidden": self.hidden,

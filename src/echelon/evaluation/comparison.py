@@ -71,7 +71,7 @@ def evaluate_run(
 
     def heard(trace: PlanTrace) -> None:
         assert log is not None
-        log.write(dataclasses.asdict(trace))
+        log.write(vars(trace))
 
     try:
         result = evaluate(

@@ -354,6 +354,14 @@ def _reproduce(study: Study, tuning: str) -> Section:
         "<code>analysis.json</code>, from which this page is made.</p>"
     )
     section.body.append(f"<h3>How the baselines were tuned</h3><p>{esc(tuning)}</p>")
+    settings = study.analysis.get("settings") or {}
+    settled = settings.get("convergence") or (
+        "the first step after which the smoothed success rate stays within a tolerance of its final level, if that "
+        "level is above a floor"
+    )
+    drawn = (
+        f" from {settings['resamples']:,} resamples (seed {settings.get('seed')})" if "resamples" in settings else ""
+    )
     terms = [
         ("TSR", "task success rate: episodes in which all tasks were finished within the time limit, over all "
          "episodes. A cell's value is the mean over its runs; the interval is the percentile bootstrap's over runs, "
@@ -363,14 +371,14 @@ def _reproduce(study: Study, tuning: str) -> Section:
         ("Steps to finish", "mean steps of the episodes that succeeded. Intervals over runs: Student's t."),
         ("Makespan", "mean steps of all episodes; one that failed counts as the time limit."),
         ("Collisions", "moves an episode that were blocked by another agent."),
-        ("Mean convergence time (MCT)", "the first step after which the smoothed success rate stays within a tolerance "
-         "of its final level, if that level is above a floor. Runs that never converge are right-censored at the end "
-         "of training: the mean is restricted to the training's length."),
+        ("Mean convergence time (MCT)", f"{settled}. Runs that never converge are right-censored at the end of "
+         "training: the mean is restricted to the training's length."),
         ("Sample efficiency", "area under the curve of evaluated TSR over training steps, divided by its length."),
         ("Interquartile mean (IQM)", "the mean of the middle half of the runs' values, map sizes as strata."),
         ("Optimality gap", "how far the runs are from a TSR of 1 on average; smaller is better."),
         ("Probability of improvement", "the chance that a run of one method beats a run of another one on the same "
          "world, ties counting half (Agarwal and others, 2021)."),
+        ("Bootstrap", f"percentile intervals of 95%{drawn}, resampling runs within each map."),
         ("Tests", "one-way ANOVA with Tukey's HSD where its assumptions hold, else Welch's with Games and Howell's. "
          "Hedges' g is a difference in standard deviations of runs. Holm's correction is over all pairs of the study."),
     ]  # fmt: skip

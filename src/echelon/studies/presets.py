@@ -8,6 +8,8 @@ from echelon.studies.spec import Study
 
 __all__ = ["preset", "presets"]
 
+# Of the worlds in which l2m2's executors learn the model plans an eighth (a run's default is 1/64).
+_SETTINGS = {"method": {"l2m2": {"llm_share": 0.125}}}
 METHODS = ("l2m2", "rule-goals", "flat-mappo", "qmix", "llm-only", "random-goals", "classical")
 
 _PRESETS = {
@@ -21,6 +23,7 @@ _PRESETS = {
             seeds=(0, 1),
             steps=400_000,
             protocol=Protocol(every=20_000, episodes=32, final_episodes=100),
+            settings=_SETTINGS,
         ),
         Study(
             name="medium",
@@ -30,6 +33,7 @@ _PRESETS = {
             seeds=(0, 1, 2),
             steps=2_000_000,
             protocol=Protocol(every=100_000, episodes=32, final_episodes=320),
+            settings=_SETTINGS,
         ),
         # 5 sizes x 2 teams x 5 seeds x 164 episodes: the paper's 8,200 evaluation episodes, for each method.
         Study(
@@ -41,6 +45,7 @@ _PRESETS = {
             seeds=(0, 1, 2, 3, 4),
             steps=5_000_000,
             protocol=Protocol(every=250_000, episodes=32, final_episodes=164),
+            settings=_SETTINGS,
         ),
     )
 }
