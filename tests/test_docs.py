@@ -12,19 +12,22 @@ import runpy
 import shlex
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from echelon import cli, envs, methods, planners
-from echelon.algorithms import MAPPOConfig
+from echelon import algorithms, cli, envs, methods, planners
+from echelon.algorithms import AlgorithmConfig, IPPOConfig, MAPPOConfig, QMIXConfig, VDNConfig
 from echelon.configs import RunConfig, read_toml
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig
 from echelon.evaluation import evaluate_run
+from echelon.evaluation.protocol import Protocol
 from echelon.flags import run_flags
+from echelon.studies import Study, presets, read_study, run_study
+from echelon.studies.work import execute
 from echelon.subgoals import SubgoalConfig
 from echelon.training import Trainer
 from tiny_model import make_tiny_model
@@ -40,14 +43,18 @@ SMALLER = [
     (r"episodes=\d+", "episodes=4"),
     (r"--(steps|checkpoint-every) \d+", r"--\1 1024"),
     (r"--(eval-)?episodes \d+", r"--\1episodes 4"),
+    (r"(?m)^(final_)?episodes = \d+", r"\1episodes = 4"),
+    (r"(?m)^num_envs = \d+", "num_envs = 16"),
 ]
-OWN_COMMANDS = {"replay", "models", "check-env"}
+OWN_COMMANDS = {"study", "reproduce", "report", "replay", "models", "check-env"}
 RUN_COMMANDS = {
     "train": cli._TrainFlags,
     "compare": cli._CompareFlags,
     "plan": cli._PlanFlags,
     "bench": cli._BenchFlags,
 }
+# The files that pages show as TOML.
+TOML = {"quickstart.md": "search.toml", "studies.md": "aisles.toml"}
 # What these pages tell of other programs.
 FOREIGN_FLAGS = {"--no-deps", "--logdir", "--scenes"}
 
@@ -92,7 +99,11 @@ def commands(page: Path) -> list[list[str]]:
 def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test works in a folder of its own, and leaves the registers as they were."""
     monkeypatch.chdir(tmp_path)
-    registers = [envs._REGISTRY, planners._REGISTRY, methods._REGISTRY]
+    # A study's workers are processes of their own, which must find what this one found.
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).resolve().parents[1]))
+    registers: list[dict[str, Any]] = [
+        envs._REGISTRY, planners._REGISTRY, methods._REGISTRY, algorithms.base._REGISTRY
+    ]  # fmt: skip
     before = [dict(register) for register in registers]
     yield
     for register, entries in zip(registers, before, strict=True):
@@ -172,11 +183,27 @@ def test_own_executor_succeeds() -> None:
     assert succeeded >= 16
 
 
-def test_own_algorithm_learns_and_fades() -> None:
-    example = runpy.run_path(str(ROOT / "examples" / "own_algorithm.py"))
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        example["main"](updates=2)
-    assert len(out.getvalue().splitlines()) == 2
+def test_own_algorithm_trains_and_resumes_as_if_it_had_never_stopped() -> None:
+    fast = ["--method", "fading-goals", "--algorithm.fade", "0.5", "--algorithm.rollout", "16"]
+    run_example("own_algorithm.py", "train", *fast, *TINY)
+    run_example("own_algorithm.py", "train", *fast, *TINY, "--steps", "256", "--out", "half")
+    run_example("own_algorithm.py", "train", "--resume", "half", "--steps", "512", "--eval-episodes", "0")
+    told = lines_of(Path("run/metrics.jsonl"))
+    assert [line["bonus"] for line in told] == [0.01 * 0.5**n for n in range(1, 5)]
+    assert lines_of(Path("half/metrics.jsonl")) == told
+    assert "fade = 0.5" in Path("run/config.toml").read_text(encoding="utf-8")
+    assert json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))["episodes"] == 2
+
+
+def test_own_study_runs_its_own_method(capfd: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "own_study.py"))["main"]
+    main(Path("study"), steps=2048, episodes=4)
+    said = capfd.readouterr().out
+    assert said.count(": finished (") == 12 and said.count("TSR {'value'") == 4
+    main(Path("study"), steps=2048, episodes=4)
+    assert "finished" not in capfd.readouterr().out
+    subgoals = {read_toml(path).subgoals.every for path in Path("study/runs").glob("*-hasty-goals-*/config.toml")}
+    assert subgoals == {5}
 
 
 def test_python_api_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,30 +241,46 @@ def test_examples_are_short(path: Path) -> None:
 # -- commands --------------------------------------------------------------------------------
 
 
-def help_of(command: str, env: str | None = None) -> str:
+def help_of(*command: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        cli.main([command, *(["--env", env] if env else []), "--help"])
+        cli.main([*command, "--help"])
     return out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def known_flags() -> dict[str, set[str]]:
-    """The flags in each command's help, with those of every world."""
+    """The flags in each command's help, with those of every world and algorithm."""
+    learnt_by = {m.algorithm: m.name for m in methods.methods().values()}
     found = {}
     for command in cli._COMMANDS:
-        worlds: list[str | None] = [None] if command in OWN_COMMANDS else list(envs.environments())
-        text = "".join(help_of(command, world) for world in worlds)
+        text = help_of(command)
+        if command not in OWN_COMMANDS:
+            text += "".join(help_of(command, "--env", world) for world in envs.environments())
+            text += "".join(help_of(command, "--method", name) for name in learnt_by.values())
         found[command] = set(re.findall(r"--[a-z][\w.-]*", text))
     return found
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
-def test_commands_parse(page: Path, known_flags: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def write_toml(change: Callable[[str], str] = lambda text: text) -> None:
+    """Put the TOML files that pages show into the working folder."""
     for block in blocks("toml"):
-        if block.page == page:
-            Path("search.toml").write_text(block.text)
-            assert read_toml(Path("search.toml")).env == SearchConfig(size=30, num_targets=10)
+        Path(TOML[block.page.name]).write_text(change(block.text), encoding="utf-8")
+
+
+def test_shown_toml_says_what_it_should() -> None:
+    write_toml()
+    assert read_toml(Path("search.toml")).env == SearchConfig(size=30, num_targets=10)
+    study = read_study(Path("aisles.toml"))
+    runs = study.runs()
+    assert study.name == "aisles" and len(runs) == 3 * 2 * 3
+    assert {run.config.env.num_packages for run in runs if isinstance(run.config.env, WarehouseConfig)} == {10}
+    assert {(run.method, run.config.num_envs) for run in runs} >= {("flat-mappo", 512), ("rule-goals", 256)}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+def test_commands_parse(page: Path, known_flags: dict[str, set[str]]) -> None:
+    write_toml()
     for args in commands(page):
         if not args[0].startswith("--"):
             flags = {a.split("=")[0] for a in args if a.startswith("--")}
@@ -248,6 +291,8 @@ def test_commands_parse(page: Path, known_flags: dict[str, set[str]], monkeypatc
             rest = args[2:] if args[1:2] and args[1].startswith("runs/") else args[1:]
             run, _ = run_flags(args[0], rest, RUN_COMMANDS[args[0]])
             assert run.env is not None
+        if args[0] in ("study", "reproduce") and "--help" not in args:
+            assert cli.main([*args, *(["--dry-run"] if "--dry-run" not in args else [])]) == 0
 
 
 def runs_here(args: list[str]) -> bool:
@@ -256,17 +301,19 @@ def runs_here(args: list[str]) -> bool:
         return True
     if args[0] == "plan" and args[1:2] and args[1].startswith("runs/"):
         return True
+    if args[0] in ("study", "reproduce"):
+        return "--dry-run" in args or args[1:] == ["aisles.toml"]
+    if args[0] == "report":
+        return Path(args[1]).exists()
     if args[0] in ("train", "plan") and "--resume" not in args and "--config" not in args:
         return "rule-goals" in args or "flat-mappo" in args
     return args[0] in ("evaluate", "replay", "compare", "train")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/cli.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/cli.md", "docs/studies.md"])
 def test_commands_run_in_their_order(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / name
-    for block in blocks("toml"):
-        if block.page == page:
-            Path("search.toml").write_text(small(block.text))
+    write_toml(small)
     for args in commands(page):
         if not runs_here(args):
             continue
@@ -275,6 +322,8 @@ def test_commands_run_in_their_order(name: str, capsys: pytest.CaptureFixture[st
             defaults = {"--steps": "512", "--num-envs": "8", "--threads": "1", "--eval-episodes": "4"}
             args += [word for flag, value in defaults.items() if flag not in args for word in (flag, value)]
             args += ["--algorithm.rollout", "16", "--env.limit", "40"]
+        if args[0] == "study" and "--dry-run" not in args:
+            args += ["--steps", "512", "--sizes", "8", "--agents", "2", "--seeds", "0"]
         if "--resume" in args:
             args += ["--eval-episodes", "2"]
             if "--steps" in args:
@@ -282,6 +331,8 @@ def test_commands_run_in_their_order(name: str, capsys: pytest.CaptureFixture[st
         if args[0] == "evaluate" and "--episodes" not in args:
             args += ["--episodes", "2", "--env.limit", "20"]
         assert cli.main(args) == 0, f"{name}: echelon {' '.join(args)}\n{capsys.readouterr().err}"
+    if name == "docs/studies.md":
+        assert Path("studies/aisles/report.html").exists()
 
 
 def test_flags_of_the_docs_exist(known_flags: dict[str, set[str]]) -> None:
@@ -339,19 +390,18 @@ def names(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of each kind; the folder of the one with a language model is `l2m2`."""
+    """A short run of each kind, in the folder of its method's name; `l2m2` has a language model."""
     place = tmp_path_factory.mktemp("runs")
     model = make_tiny_model(place / "model")
     env = WarehouseConfig(size=8, num_agents=2, num_packages=3)
-    for name in ("flat-mappo", "l2m2"):
+    learns: dict[str, AlgorithmConfig] = {
+        "flat-mappo": MAPPOConfig(rollout=16),
+        "l2m2": MAPPOConfig(rollout=16),
+        "qmix": QMIXConfig(rollout=16, warmup=0, batch=32),
+    }
+    for name, algorithm in learns.items():
         config = RunConfig(
-            method=name,
-            env=env,
-            steps=512,
-            num_envs=8,
-            threads=1,
-            model=f"hf:{model}",
-            algorithm=MAPPOConfig(rollout=16),
+            method=name, env=env, steps=512, num_envs=8, threads=1, model=f"hf:{model}", algorithm=algorithm
         )
         Trainer(config, place / name).run()
     return place
@@ -363,16 +413,16 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
     written: set[str] = set()
-    for name in ("flat-mappo", "l2m2"):
+    for name in ("flat-mappo", "l2m2", "qmix"):
         written |= {field for line in lines_of(model_run / name / "metrics.jsonl") for field in line}
     assert written == names(section("docs/files.md", "metrics.jsonl"))
 
 
 def test_timings_fields_are_those_of_the_docs(model_run: Path) -> None:
-    line = lines_of(model_run / "l2m2" / "timings.jsonl")[-1]
+    line, other = (lines_of(model_run / name / "timings.jsonl")[-1] for name in ("l2m2", "qmix"))
     text = section("docs/files.md", "timings.jsonl")
     assert set(line) == names(text)
-    assert set(line["shares"]) <= set(re.findall(r"`(\w+)`", text))
+    assert {*line["shares"], *other["shares"]} <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_plan_fields_are_those_of_the_docs(model_run: Path) -> None:
@@ -399,11 +449,132 @@ def test_evaluation_fields_are_those_of_the_docs(model_run: Path) -> None:
     assert set(result["of"]) <= set(re.findall(r"`(\w+)`", text.split("| `of`")[1]))
 
 
+class Inline:
+    """Does a study's runs in this process, one after the other."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self._ended: list[tuple[str, dict[str, Any]]] = []
+
+    def start(self, job: dict[str, Any]) -> None:
+        self._ended.append((job["id"], execute(job)))
+
+    def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny study with all that is written of it; one method fails, one learns nothing."""
+    folder = tmp_path_factory.mktemp("studies") / "tiny"
+    study = Study(
+        "tiny", methods=("rule-goals", "random-goals", "classical"), sizes=(8,), agents=(2,), seeds=(0, 1), steps=256,
+        protocol=Protocol(every=128, episodes=2, final_episodes=2),
+        settings={
+            "run": {"num_envs": 8, "algorithm": {"rollout": 16}},
+            "method": {"random-goals": {"planner": "nobody"}},
+        },
+    )  # fmt: skip
+    run_study(study, folder, Inline())
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(["report", str(folder)]) == 0
+    return folder
+
+
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tables(page: str, head: str) -> list[set[str]]:
+    """The fields of each table of a section, in order."""
+    parts = re.split(r"\n\n(?=\|)", section(page, head))
+    return [names(part) for part in parts if names(part)]
+
+
+def test_study_files_are_those_of_the_docs(study_folder: Path) -> None:
+    text = section("docs/files.md", "A study's folder")
+    everywhere = (ROOT / "docs/files.md").read_text(encoding="utf-8")
+    for place, told in ((study_folder, text), (study_folder / "tables", text)):
+        for path in place.iterdir():
+            assert re.search(rf"`{re.escape(path.name)}/?`", told), path.name
+    for run in (study_folder / "runs").iterdir():
+        for path in run.iterdir():
+            assert re.search(rf"`{re.escape(path.name)}/?`", everywhere), path.name
+    told_files = set(re.findall(r"^\| `([\w./]+)` ", text, re.MULTILINE)) - {"progress.json", "workers.log"}
+    for name in told_files:
+        assert list(study_folder.glob(name)) or list(study_folder.glob(f"runs/*/{name}")), name
+
+
+def test_result_fields_are_those_of_the_docs(study_folder: Path) -> None:
+    results = json_of(study_folder / "results.json")
+    head, entry, more = tables("docs/files.md", "results.json")
+    judged, evaluation, final = tables("docs/files.md", "protocol.json")
+    assert set(results) == head
+    assert set(results["study"]) <= set(re.findall(r"`(\w+)`", section("docs/files.md", "results.json")))
+    finished = [run for run in results["runs"] if run["status"] == "finished"]
+    failed = [run for run in results["runs"] if run["status"] == "failed"]
+    assert len(finished) == 4 and len(failed) == 2
+    for run in finished:
+        assert set(run) == entry | more | (judged - {"of"})
+        assert all(set(e) == evaluation for e in run["evaluations"])
+        assert set(run["last"]) == set(run["best"]) == final
+        folder = study_folder / "runs" / run["id"]
+        assert set(json_of(folder / "protocol.json")) == judged
+        assert json_of(folder / "result.json") == {"format": 1, **run}
+    for run in failed:
+        assert set(run) == entry and "nobody" in run["reason"]
+        told = json_of(study_folder / "runs" / run["id"] / "failed.json")
+        assert set(told) == names(section("docs/files.md", "result.json and failed.json"))
+
+
+def test_analysis_fields_are_those_of_the_docs(study_folder: Path) -> None:
+    analysis = json_of(study_folder / "analysis.json")
+    head, cell = tables("docs/files.md", "analysis.json")
+    assert set(analysis) == head
+    assert all(set(c) == cell for c in analysis["cells"])
+    assert {"id", "reason"} == set(analysis["failed"][0])
+
+
+def test_study_keys_are_those_of_the_docs() -> None:
+    told = names(section("docs/studies.md", "A study of your own")) | {"protocol"}
+    assert told == {f.name for f in dataclasses.fields(Study)} - {"settings"}
+    study, text = Study("any"), section("docs/studies.md", "A study of your own")
+    assert f"| `steps` | {study.steps:,} |" in text and f"| `record` | {study.record} |" in text
+    p = study.protocol
+    assert f"| every {p.every:,} steps, {p.episodes} episodes, {p.final_episodes} at the end |" in text
+    for name in ("methods", "environments"):
+        assert f"| `{name}` | {', '.join(f'`{m}`' for m in getattr(study, name))} |" in text
+    several = "; ".join(", ".join(map(str, getattr(study, name))) for name in ("sizes", "agents", "seeds"))
+    assert f"| `sizes`, `agents`, `seeds` | {several} |" in text
+
+
+def test_presets_are_those_of_the_docs() -> None:
+    text = (ROOT / "docs/studies.md").read_text(encoding="utf-8").split("## ")[0]
+    table = {row[0].strip("`"): row[1:] for row in rows(text)}
+    assert list(table) == list(presets())
+    for name, study in presets().items():
+        p = study.protocol
+        steps = f"{study.steps // 10**6} million" if study.steps >= 10**6 else f"{study.steps:,}"
+        assert table[name] == [
+            ", ".join(map(str, study.sizes)), " and ".join(map(str, study.agents)), str(len(study.seeds)), steps,
+            f"{p.episodes} episodes every {p.every:,} steps, then {p.final_episodes}",
+        ]  # fmt: skip
+    paper = presets()["paper"]
+    places = len(paper.sizes) * len(paper.agents) * len(paper.environments)
+    assert places * len(paper.seeds) * paper.protocol.final_episodes == 8200
+
+
 @pytest.mark.parametrize(
     ("page", "head", "config"),
     [
         ("docs/concepts.md", "When agents are replanned", SubgoalConfig()),
         ("docs/methods.md", "MAPPO", MAPPOConfig()),
+        ("docs/methods.md", "QMIX and VDN", QMIXConfig()),
         ("docs/environments.md", "Settings of every world", GridConfig()),
         ("docs/environments.md", "`warehouse`", WarehouseConfig()),
         ("docs/environments.md", "`search`", SearchConfig()),
@@ -414,7 +585,7 @@ def test_evaluation_fields_are_those_of_the_docs(model_run: Path) -> None:
 def test_defaults_are_those_of_the_docs(page: str, head: str, config: Any) -> None:
     told = {row[0].strip("`"): row[1].strip("`") for row in rows(section(page, head))}
     own = {f.name for f in dataclasses.fields(config)}
-    if type(config) not in (SubgoalConfig, MAPPOConfig, GridConfig):
+    if isinstance(config, GridConfig) and type(config) is not GridConfig:
         own -= {f.name for f in dataclasses.fields(GridConfig)}
     told = {name: value for name, value in told.items() if name in {f.name for f in dataclasses.fields(config)}}
     assert set(told) == own
@@ -423,9 +594,20 @@ def test_defaults_are_those_of_the_docs(page: str, head: str, config: Any) -> No
         assert value == (str(default).lower() if isinstance(default, bool) else str(default)), name
 
 
+def test_ippo_and_vdn_differ_in_the_one_thing_that_the_docs_tell() -> None:
+    assert dataclasses.asdict(IPPOConfig()) == {**dataclasses.asdict(MAPPOConfig()), "critic": "local"}
+    assert dataclasses.asdict(VDNConfig()) == {**dataclasses.asdict(QMIXConfig()), "mixer": "vdn"}
+
+
 def test_methods_are_those_of_the_docs() -> None:
     text = (ROOT / "docs/methods.md").read_text(encoding="utf-8").split("```")[0]
-    assert [row[0].strip("`") for row in rows(text)] == list(methods.methods())
+    told = {row[0].strip("`"): row for row in rows(text)}
+    assert list(told) == list(methods.methods())
+    for name, (_, train, evaluate, *_more) in told.items():
+        m = methods.method(name)
+        trained_under = [m.train_planner, *([m.cheap_planner] if m.train_planner == "llm" else [])] if m.learns else []
+        assert re.findall(r"`([\w-]+)`", train) == [planner for planner in trained_under if planner]
+        assert re.findall(r"`([\w-]+)`", evaluate) == [planner for planner in [m.eval_planner] if planner]
 
 
 def test_planners_are_those_of_the_docs() -> None:
@@ -440,25 +622,17 @@ def test_planners_are_those_of_the_docs() -> None:
 def test_measured_skill_is_that_of_the_results() -> None:
     result = json.loads((ROOT / "docs/results/planner-skill.json").read_text(encoding="utf-8"))
     text = " ".join((ROOT / "docs/planners.md").read_text(encoding="utf-8").split())
-    worlds = ("warehouse", "repair", "search")
-
-    def nearest(style: str) -> list[str]:
-        return [f"{result[style][world]['by id']['nearest chosen']['value']:.2f}" for world in worlds]
-
-    for world in worlds:
-        one = result["each by itself"][world]["by id"]
-        share, extra = one["nearest chosen"], one["extra steps"]["value"]
-        assert (
-            f"| {share['value']:.2f} ({share['low']:.2f} to {share['high']:.2f}) | {one['chance']:.2f} | {extra:.1f} "
-            f"| {one['extra steps at random']:.1f} |" in text
-        )
-        assert result["letters"][world]["by id"]["first option chosen"] == 1
-    assert "{}, {} and {} of the nearest".format(*nearest("letters")) in text
-    assert f"(nearest chosen: {', '.join(nearest('control: long ways are good'))})" in text
-    assert f"({', '.join(nearest('control: A is bad'))})" in text
-    name = "ms a question, first 640 of a run"
-    each, letters = (result["cost"][style][name] for style in ("each by itself", "letters"))
-    assert f"| **{each:.1f} ms** a question | {letters:.0f} ms | {each / letters:.2f} |" in text
+    assert f"In {result['scenes']} fresh" in text
+    told = {row.split(",")[0]: row for row in re.findall(r"\| ((?:warehouse|repair|search), .*?\| [\d.]+ \|) ", text)}
+    for world, cases in result["each by itself"].items():
+        case = cases["by id"]
+        nearest = case["nearest chosen"]
+        figures = f"{nearest['value']:.2f} ({nearest['low']:.2f} to {nearest['high']:.2f}) | {case['chance']:.2f}"
+        steps = f"{case['extra steps']['value']:.1f} | {case['extra steps at random']:.1f}"
+        assert f"| {figures} | {steps} |" in told[world]
+    for control in ("control: long ways are good", "control: A is bad"):
+        rates = [f"{cases['by id']['nearest chosen']['value']:.2f}" for cases in result[control].values()]
+        assert ", ".join(rates) in text
 
 
 def test_the_picture_is_whole() -> None:

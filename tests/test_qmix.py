@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from echelon.advantages import td_lambda
 from echelon.algorithms import QMIX, QMIXConfig, VDNConfig, config_of, create
 from echelon.buffers import ReplayMemory, RolloutBuffer
+from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.configs import RunConfig
 from echelon.envs import WarehouseConfig
 from echelon.errors import EchelonError
 from echelon.networks import MLP, epsilon_greedy
 from echelon.rng import spawn_keys
-from echelon.training import Rollouts
+from echelon.training import Rollouts, Trainer
 
 W, A, D, S, K, T = 6, 3, 7, 5, 4, 8
 QUICK: dict[str, Any] = {
@@ -514,6 +516,21 @@ def loop(method: str, **changes: Any) -> Rollouts:
     ))  # fmt: skip
     made.worlds.start()
     return made
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_run_stopped_after_every_update_is_the_one_that_never_was(tmp_path: Path, recurrent: bool) -> None:
+    config = dataclasses.replace(loop("qmix", warmup=0, batch=64, memory=192, recurrent=recurrent).config, steps=384)
+    assert Trainer(config, tmp_path / "whole").run()
+    Trainer(config, tmp_path / "halting").run(should_stop=lambda: True)
+    while not Trainer.resume(tmp_path / "halting").run(should_stop=lambda: True):
+        pass
+    whole, halting = (load_checkpoint(checkpoints_of(tmp_path / name / "checkpoints")[-1]).algorithm
+                      for name in ("whole", "halting"))  # fmt: skip
+    same(whole, halting)
+    assert len(whole["memory.obs"]) == 24 and len(whole["memory.final_at"])
+    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "halting")]
+    assert logs[0] == logs[1]
 
 
 def test_rollouts_carry_the_true_last_masks() -> None:

@@ -386,6 +386,24 @@ def test_success_rates_are_drawn_from_zero_to_one(whole: tuple[Document, Documen
         assert all(s.low and s.high for s in plot.series)
 
 
+def test_a_line_does_not_lead_over_a_size_that_was_not_measured() -> None:
+    results = synthetic_results(
+        methods=("l2m2", "qmix"), sizes=(10, 20, 30), seeds=(0, 1), final_episodes=16, every=500_000, pending=(),
+        failed=(("qmix", 20, 0), ("qmix", 20, 1)),
+    )  # fmt: skip
+    section = measured.success_rates(measured.Study(results, analyse(results)))
+    plot = section.figures[0].panels[0]
+    assert isinstance(plot, Plot) and plot.notes == ("qmix at 20×20: 2 failed",)
+    assert [s.breaks for s in plot.series] == [(), (1,)]
+    assert charts.stretches(plot.series[1]) == [(0, 1), (1, 2)]
+    root = ET.fromstring(charts.panel_svg(plot, "label"))
+    lines = [e for e in root if (e.get("class") or "").startswith("line")]
+    assert len(lines) == 1 and lines[0].get("class") == "line c1 thin"
+    assert b"<svg" in figures.figure_svg(section.figures[0])
+    cost = measured.speed_and_cost(measured.Study(results, analyse(results)))
+    assert [p.notes for f in cost.figures for p in f.panels if f.name == "model-calls"] == [()]
+
+
 def test_runs_that_never_converge_hold_the_line_up() -> None:
     # Two of four at 10 and 30; one censored at 20 leaves two at risk at 30: 1 · 3/4 · 1/2.
     x, y = measured._not_yet([10, 20, 30, 100], [True, False, True, False], 100.0)

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from echelon.reports.replay import Replay
 
@@ -31,11 +32,14 @@ __all__ = [
     "clean",
     "linear_axis",
     "log_axis",
+    "mark_scale",
     "method_styles",
+    "offset",
     "panel_svg",
     "path_map",
     "positive_axis",
     "short",
+    "stretches",
     "swatch_svg",
     "wall_runs",
 ]
@@ -175,6 +179,8 @@ class Series:
     high: tuple[float, ...] = ()
     single: tuple[bool, ...] = ()
     """Which points rest on a single run (drawn hollow)."""
+    breaks: tuple[int, ...] = ()
+    """Points that no line leads to: something between them and the one before was not measured."""
     flat: bool = False
     """A level, not a curve: a method that learns nothing (no markers)."""
 
@@ -277,6 +283,12 @@ def wall_runs(walls: Sequence[str]) -> list[tuple[int, int, int]]:
 def offset(agent: int, agents: int) -> float:
     """How far beside the cells' middles an agent's way is drawn, in cells, so that ways don't hide each other."""
     return (agent - (agents - 1) / 2) * min(0.14, 0.6 / max(1, agents))
+
+
+def stretches(series: Series) -> list[tuple[int, int]]:
+    """(first, end) of each part of the series that one line may join."""
+    edges = [0, *series.breaks, len(series.x)]
+    return list(pairwise(edges))
 
 
 def mark_scale(drawn: PathMap) -> float:
@@ -409,12 +421,13 @@ def _plot_svg(plot: Plot) -> str:
         beside = (i - (count - 1) / 2) * min(4.5, 30 / count) if plot.bars else 0.0
         places = [(at_x(x) + beside, at_y(y)) for x, y in zip(s.x, s.y, strict=True)]
         single = s.single or (False,) * len(places)
-        if len(places) > 1:
-            way = places
+        weight = " thin" if plot.bars else ""
+        for first, end in stretches(s):
+            way = places[first:end]
             if plot.stairs:
-                way = [(at_x(x), at_y(y)) for x, y in _stairs(s.x, s.y)]
-            weight = " thin" if plot.bars else ""
-            parts.append(f'<path class="line c{s.style.colour}{weight}" d="{_points(way)}"{_dash(s.style)}/>')
+                way = [(at_x(x), at_y(y)) for x, y in _stairs(s.x[first:end], s.y[first:end])]
+            if len(way) > 1:
+                parts.append(f'<path class="line c{s.style.colour}{weight}" d="{_points(way)}"{_dash(s.style)}/>')
         if plot.bars and s.low:
             for (x, _), low, high in zip(places, s.low, s.high, strict=True):
                 if high > low:

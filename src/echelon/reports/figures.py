@@ -27,6 +27,7 @@ from echelon.reports.charts import (
     clean,
     mark_scale,
     offset,
+    stretches,
     wall_runs,
 )
 
@@ -149,11 +150,12 @@ def _draw_plot(ax: Any, plot: Plot) -> None:
         x = [value + beside for value in s.x]
         step = max(1, -(-len(x) // 6)) if not plot.bars else 1
         drawing = {"drawstyle": "steps-post"} if plot.stairs else {}
-        ax.plot(
-            x, s.y, color=colour, linestyle=_DASHES[s.style.dash], marker=marker, clip_on=False, zorder=3 + i,
-            markevery=[len(x) - 1] if s.flat else (i * step // max(1, count) if step > 2 else 0, step),
-            linewidth=0.9 if plot.bars else 1.4, **drawing,
-        )  # fmt: skip
+        for first, end in stretches(s):
+            ax.plot(
+                x[first:end], s.y[first:end], color=colour, linestyle=_DASHES[s.style.dash], marker=marker,
+                markevery=[len(x) - 1] if s.flat else (i * step // max(1, count) if step > 2 else 0, step),
+                linewidth=0.9 if plot.bars else 1.4, clip_on=False, zorder=3 + i, **drawing,
+            )  # fmt: skip
         hollow = [k for k, single in enumerate(s.single) if single]
         if hollow:
             ax.plot([x[k] for k in hollow], [s.y[k] for k in hollow], linestyle="", marker=marker, color=colour,

@@ -112,10 +112,21 @@ def _by_size(
         return value
 
     of = of or default
-    series = []
+    series, notes = [], []
     for method in study.methods:
-        found = [(world, interval) for world in worlds if (interval := of(world, method))]
+        measured = [(world, of(world, method)) for world in worlds]
+        found = [(world, interval) for world, interval in measured if interval]
+        # A method that was run but never has this measure (model calls, say) is not missing from the chart.
+        if found or not any(study.finished(world, method) for world in worlds):
+            notes += [
+                f"{method} at {world[1]}×{world[1]}: {study.why(world, method)}"
+                for world, interval in measured
+                if not interval and not study.finished(world, method)
+            ]
         if found:
+            # A line must not lead over a size that was not measured.
+            order = [k for k, (_, interval) in enumerate(measured) if interval]
+            breaks = tuple(n for n in range(1, len(order)) if order[n] - order[n - 1] > 1)
             series.append(
                 Series(
                     method,
@@ -125,6 +136,7 @@ def _by_size(
                     tuple(i["value"] if i.get("low") is None else i["low"] for _, i in found),
                     tuple(i["value"] if i.get("high") is None else i["high"] for _, i in found),
                     tuple(len(study.finished(world, method)) == 1 for world, _ in found),
+                    breaks,
                 )
             )
     if not series:
@@ -133,7 +145,7 @@ def _by_size(
     low, high = (min(sizes), max(sizes)) if len(set(sizes)) > 1 else (sizes[0] - 1, sizes[0] + 1)
     x = Axis("map size", float(low), float(high), tuple((float(s), f"{s}×{s}") for s in sorted(set(sizes))))
     values = [v for s in series for v in (*s.y, *s.high)]
-    return Plot(title, x, axis(values), tuple(series), bars=True)
+    return Plot(title, x, axis(values), tuple(series), bars=True, notes=("; ".join(notes),) if notes else ())
 
 
 def _measures(study: Study) -> str:
@@ -171,7 +183,7 @@ def _measures(study: Study) -> str:
         "<p>Steps to finish are of the episodes that succeeded; the makespan counts a failed episode as the time "
         "limit. Last policy, mean over runs with 95% intervals.</p>"
         + data_table(head, "".join(groups), "All measures"),
-        open=True,
+        open=len(study.worlds) <= 4,
     )
 
 
@@ -279,12 +291,9 @@ def _convergence(study: Study, section: Section) -> None:
                 f'<tr>{place}<th scope="row">{named}</th><td>{value}</td>'
                 f"<td>{sum(map(bool, entry.get('converged') or []))} of {count}</td></tr>"
             )
-    section.body.append(
-        data_table(
-            ["World", "Method", "Mean convergence time (steps)", "Converged runs"], "".join(rows),
-            "Convergence times", "grouped",
-        )
-    )  # fmt: skip
+    head = ["World", "Method", "Mean convergence time (steps)", "Converged runs"]
+    table = data_table(head, "".join(rows), "Convergence times", "grouped")
+    section.body.append(foldable("Mean convergence times", table, open=len(survival) <= 4))
     logrank = "".join(
         f"<tr><td>{esc(study.label(world))}</td><td>{esc(t['a'])} and {esc(t['b'])}</td>"
         f"<td>{decimal(t['statistic'], 2) if t.get('statistic') is not None else '–'}</td>"

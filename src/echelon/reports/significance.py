@@ -34,20 +34,20 @@ def significance(study: Study) -> Section:
         world = (test["environment"], test["size"], test["agents"])
         words = list(test.get("words") or [])
         # The sentences on pairs stand last, one a pair; the table says them shorter.
-        pairs = words[len(words) - len(test.get("pairs") or []) :] if test.get("pairs") else []
-        first = words[: len(words) - len(pairs)] or [test.get("reason") or "No test."]
-        section.body.append(
-            f"<h3>{esc(study.label(world, whole=True))}</h3><p>{esc(' '.join(map(str, first)))}</p>"
-            + _who_beats_whom(study, test)
-            + (
-                foldable(
-                    "Every comparison in words", f'<ul class="said">{"".join(f"<li>{esc(w)}</li>" for w in pairs)}</ul>'
-                )
-                if pairs
-                else ""
-            )
+        split = max(0, len(words) - len(test.get("pairs") or []))
+        first, pairs = words[:split] or [test.get("reason") or "No test."], words[split:]
+        text = " ".join(map(str, first))
+        listing = f'<ul class="said">{"".join(f"<li>{esc(words)}</li>" for words in pairs)}</ul>'
+        body = (
+            _who_beats_whom(study, test)
+            + (foldable("Every comparison in words", listing) if pairs else "")
             + foldable("The test, its assumptions and every pair in numbers", _test_numbers(study, test))
         )
+        label = study.label(world, whole=True)
+        if len(tests) > 4:  # a page of matrices helps nobody: the first sentence tells which to open
+            section.body.append(foldable(f"{label}: {first[0]}", f"<p>{esc(text)}</p>{body}"))
+        else:
+            section.body.append(f"<h3>{esc(label)}</h3><p>{esc(text)}</p>{body}")
     _aggregates(study, section)
     if not section.body:
         section.words("No method has two finished runs yet, so there is nothing to compare.")

@@ -25,6 +25,8 @@ from echelon.studies.backends import ONE_THREAD, cores
 __all__ = ["RayBackend"]
 
 _ANSWER_WITHIN = 5.0  # seconds in which the head of a cluster must answer
+_GONE_AFTER = 20.0  # seconds without an answer; after a minute Ray would end this process without a word
+_LOOK_EVERY = 2.0  # seconds
 _STORE = 100 * 2**20  # bytes of the object store where Ray is started here: jobs and outcomes are small
 
 
@@ -53,7 +55,8 @@ class RayBackend:
         self._ours = not ray.is_initialized()
         if self._ours:
             _connect(ray, address, slots)
-        self._slots, self._cpus, self._count_at = slots, 1, 0.0
+        self._head = ray.get_runtime_context().gcs_address
+        self._slots, self._cpus, self._look_at, self._heard_at = slots, 1, 0.0, time.monotonic()
         self._do = ray.remote(
             num_cpus=1, max_retries=0, scheduling_strategy="SPREAD", runtime_env={"env_vars": ONE_THREAD}
         )(_do)
@@ -62,12 +65,23 @@ class RayBackend:
     @property
     def slots(self) -> int:
         """How many runs are done at once."""
-        if self._slots is not None:
-            return self._slots
-        if time.monotonic() >= self._count_at:
-            self._cpus = int(self._ray.cluster_resources().get("CPU", 0))
-            self._count_at = time.monotonic() + 1.0
-        return max(1, self._cpus)
+        self._look()
+        return self._cpus if self._slots is None else self._slots
+
+    def _look(self) -> None:
+        """See whether the cluster is there, and how large it is now."""
+        if (now := time.monotonic()) < self._look_at:
+            return
+        self._look_at = now + _LOOK_EVERY
+        # Asked for anything else, Ray would wait for a head that is gone.
+        if _answers(self._head):
+            self._heard_at = time.monotonic()
+            self._cpus = max(1, int(self._ray.cluster_resources().get("CPU", 0)))
+        elif time.monotonic() - self._heard_at > _GONE_AFTER:
+            raise StorageError(self._gone())
+
+    def _gone(self) -> str:
+        return f"the Ray cluster at {self._head} is gone: start it and the study again"
 
     def start(self, job: dict[str, Any]) -> None:
         """Begin a job; without a free CPU it waits for one."""
@@ -79,13 +93,11 @@ class RayBackend:
         Raises:
             StorageError: the cluster is gone.
         """
+        self._look()
         if not self._jobs:
             time.sleep(seconds)
             return []
-        try:
-            ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
-        except self._ray.exceptions.RayError as error:
-            raise StorageError(f"the Ray cluster is gone ({_line(error)}): start it and the study again") from error
+        ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
         return [self._outcome(ref, self._jobs.pop(ref)) for ref in ready]
 
     def _outcome(self, ref: Any, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -98,6 +110,9 @@ class RayBackend:
         except ray.exceptions.RuntimeEnvSetupError as error:
             return job["id"], {"status": "storage", "reason": f"a node of the Ray cluster fails: {_line(error)}"}
         except ray.exceptions.RayError as error:
+            # Without this machine's part of the cluster, or its head, every run would die until it counts as failed.
+            if isinstance(error, ray.exceptions.LocalRayletDiedError) or not _answers(self._head):
+                return job["id"], {"status": "storage", "reason": self._gone()}
             return job["id"], {"status": "died", "reason": _how_it_died(ray, error)}
         folder = Path(job["folder"])
         if outcome["status"] == "finished" and not _holds(folder, "result.json"):
@@ -181,15 +196,16 @@ def _find(address: str) -> str:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise EchelonError(f"Ray address {address!r}: it must be auto, local or the host:port of the cluster's head")
-    if not _answers(host.strip("[]"), int(port)):
+    if not _answers(address):
         raise EchelonError(f"no Ray cluster answers at {address}: give the host:port that ray start --head printed")
     return address
 
 
-def _answers(host: str, port: int) -> bool:
-    """Whether a server of HTTP/2, which Ray's heads speak, answers."""
+def _answers(address: str) -> bool:
+    """Whether a server of HTTP/2, which Ray's heads speak, answers at host:port."""
+    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, port), timeout=_ANSWER_WITHIN) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_WITHIN) as connection:
             if os.environ.get("RAY_USE_TLS", "0") != "0":
                 return True
             # The client's preface with empty settings; the server's first frame is its settings (RFC 9113, 3.4).
