@@ -1,46 +1,47 @@
-"""A variant of MAPPO: the entropy bonus fades with the updates. Trained in a loop of one's own."""
+"""An algorithm of one's own: MAPPO whose entropy bonus fades, with a setting for how fast."""
 
 import dataclasses
 
-from echelon.algorithms import MAPPO
-from echelon.configs import RunConfig
-from echelon.envs import WarehouseConfig
-from echelon.training import Rollouts
+import torch
+
+from echelon import algorithms, methods
+from echelon.algorithms import MAPPO, MAPPOConfig
+from echelon.cli import main
+
+
+@dataclasses.dataclass(frozen=True)
+class FadingConfig(MAPPOConfig):
+    """MAPPO's settings and one more; on the command line `--algorithm.fade`."""
+
+    fade: float = 0.99
+    """What the entropy bonus is multiplied by after each update."""
 
 
 class FadingMAPPO(MAPPO):
-    """MAPPO whose entropy weight shrinks by a factor after each update."""
-
-    factor = 0.99
+    """What decides how it goes on belongs into `state_dict`: so a resumed run is the same as one that never stopped."""
 
     def update(self, buffer):
         """Learn from one rollout, then fade."""
         learnt = super().update(buffer)
-        self.config = dataclasses.replace(self.config, entropy=self.factor * self.config.entropy)
-        return learnt
+        self.config = dataclasses.replace(self.config, entropy=self.config.fade * self.config.entropy)
+        return learnt | {"bonus": self.config.entropy}
+
+    def state_dict(self, *, policy_only=False):
+        """All of it as tensors, or only what acting needs."""
+        bonus = {} if policy_only else {"bonus": torch.tensor(self.config.entropy, dtype=torch.float64)}
+        return super().state_dict(policy_only=policy_only) | bonus
+
+    def load_state_dict(self, state, *, policy_only=False):
+        """Put back what `state_dict` gave."""
+        super().load_state_dict(state, policy_only=policy_only)
+        if not policy_only:
+            self.config = dataclasses.replace(self.config, entropy=state["bonus"].item())
 
 
-def main(updates=20):
-    """Train without files; `Rollouts` joins worlds, planner and algorithm."""
-    env = WarehouseConfig(size=8, num_agents=2, num_packages=3)
-    rollouts = Rollouts(RunConfig(method="rule-goals", env=env, num_envs=64))
-    worlds = rollouts.worlds
-    rollouts.algorithm = FadingMAPPO(
-        rollouts.config.algorithm,
-        num_envs=worlds.env.num_envs,
-        num_agents=worlds.env.num_agents,
-        obs_scale=worlds.obs_scale,
-        state_scale=worlds.env.state_scale,
-        num_actions=worlds.env.num_actions,
-        team_reward=worlds.team_reward,
-        seed=rollouts.config.seed,
-    )
-    worlds.start()
-    for update in range(updates):
-        rollouts.collect()
-        learnt = rollouts.algorithm.update(rollouts.buffer)
-        print(update, worlds.take_episodes().success, round(learnt["entropy"], 3))
-
+algorithms.register("fading", FadingConfig, FadingMAPPO)
+methods.register(
+    methods.Method("fading-goals", "rule-goals, learnt by FadingMAPPO", "hungarian", "hungarian", algorithm="fading")
+)
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

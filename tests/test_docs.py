@@ -55,8 +55,8 @@ RUN_COMMANDS = {
 }
 # The files that pages show as TOML.
 TOML = {"quickstart.md": "search.toml", "studies.md": "aisles.toml"}
-# What these pages tell of other programs.
-FOREIGN_FLAGS = {"--no-deps", "--logdir", "--scenes"}
+# What these pages tell of other programs, and of an algorithm of one's own.
+FOREIGN_FLAGS = {"--no-deps", "--logdir", "--scenes", "--algorithm.fade"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +199,7 @@ def test_own_study_runs_its_own_method(capfd: pytest.CaptureFixture[str]) -> Non
     main = runpy.run_path(str(ROOT / "examples" / "own_study.py"))["main"]
     main(Path("study"), steps=2048, episodes=4)
     said = capfd.readouterr().out
-    assert said.count(": finished (") == 12 and said.count("TSR {'value'") == 4
+    assert said.count(": finished (") == 6 and said.count("TSR {'value'") == 2
     main(Path("study"), steps=2048, episodes=4)
     assert "finished" not in capfd.readouterr().out
     subgoals = {read_toml(path).subgoals.every for path in Path("study/runs").glob("*-hasty-goals-*/config.toml")}
@@ -295,14 +295,14 @@ def test_commands_parse(page: Path, known_flags: dict[str, set[str]]) -> None:
             assert cli.main([*args, *(["--dry-run"] if "--dry-run" not in args else [])]) == 0
 
 
-def runs_here(args: list[str]) -> bool:
-    """Whether a command of the docs is cheap, and needs no model, network or minutes."""
+def runs_here(args: list[str], name: str) -> bool:
+    """Whether a command of the page `name` is cheap, and needs no model, network or minutes."""
     if args[0].startswith("--") or "--help" in args:
         return True
     if args[0] == "plan" and args[1:2] and args[1].startswith("runs/"):
         return True
     if args[0] in ("study", "reproduce"):
-        return "--dry-run" in args or args[1:] == ["aisles.toml"]
+        return "--dry-run" in args or (name == "docs/studies.md" and args[1:] == ["aisles.toml"])
     if args[0] == "report":
         return Path(args[1]).exists()
     if args[0] in ("train", "plan") and "--resume" not in args and "--config" not in args:
@@ -315,7 +315,7 @@ def test_commands_run_in_their_order(name: str, capsys: pytest.CaptureFixture[st
     page = ROOT / name
     write_toml(small)
     for args in commands(page):
-        if not runs_here(args):
+        if not runs_here(args, name):
             continue
         args = shlex.split(small(shlex.join(args)))
         if args[0] in ("train", "compare") and "--resume" not in args and "--help" not in args:
@@ -621,9 +621,9 @@ def test_planners_are_those_of_the_docs() -> None:
 
 def test_measured_skill_is_that_of_the_results() -> None:
     result = json.loads((ROOT / "docs/results/planner-skill.json").read_text(encoding="utf-8"))
-    text = " ".join((ROOT / "docs/planners.md").read_text(encoding="utf-8").split())
+    raw = (ROOT / "docs/planners.md").read_text(encoding="utf-8")
+    text, told = " ".join(raw.split()), dict(re.findall(r"^\| (warehouse|repair|search)(, .*)$", raw, re.MULTILINE))
     assert f"In {result['scenes']} fresh" in text
-    told = {row.split(",")[0]: row for row in re.findall(r"\| ((?:warehouse|repair|search), .*?\| [\d.]+ \|) ", text)}
     for world, cases in result["each by itself"].items():
         case = cases["by id"]
         nearest = case["nearest chosen"]

@@ -109,6 +109,21 @@ def measure(rows, need, kind, cell, grid, pos, stride, lengths, field, queue):  
 
 
 @numba.njit(cache=True)
+def measure_onwards(rows, need, kind, cell, goal, grid, stride, lengths, field, queue):  # type: ignore[no-untyped-def]
+    """Add to `lengths` the way on from each candidate to its agent's `goal` (-1: none)."""
+    for i in range(rows.shape[0]):
+        w = rows[i]
+        for a in range(need.shape[1]):
+            if not need[i, a] or goal[w, a] < 0:
+                continue
+            distance_field(field, grid[w], goal[w, a], stride, queue)
+            for c in range(kind.shape[2]):
+                if kind[i, a, c] >= 0 and lengths[i, a, c] != UNREACHABLE:
+                    on = np.uint32(lengths[i, a, c]) + np.uint32(field[cell[i, a, c]])
+                    lengths[i, a, c] = np.uint16(min(on, np.uint32(UNREACHABLE)))
+
+
+@numba.njit(cache=True)
 def check(  # type: ignore[no-untyped-def]
     rows, todo, kind, cell, task, c_kind, c_cell, c_task, taken, grid, pos, stride, field, verdict, queue, exclusive
 ):

@@ -85,7 +85,7 @@ register(Method("vdn", "VDN without subgoals, on the task reward", None, None, a
 # L2M2 of IJCAI 2025: one of eight directions an agent, every several steps, for the whole team; the executors'
 # reward is the task's plus the subgoal's.
 register(Method("l2m2-qmix", "the model gives each agent one of 8 directions, QMIX executors follow them", "llm", "llm",
-                algorithm="qmix", cheap_planner="random",
+                algorithm="qmix",
                 settings={"subgoals": {"space": "direction", "every": 10, "scope": "team", "task_weight": 1.0}},
                 ))  # fmt: skip
 # The whole team is assigned afresh whenever one agent is done: the stronger of the two, by 2.7% of the makespan.

@@ -135,7 +135,8 @@ class PlanRequest:
         need: bool `(n, A)`, the agents that want a subgoal.
         candidates: what makes sense for each agent, arrays `(n, A, C)`.
         distance: uint16 `(n, A, C)`, path lengths from agent to candidate, `UNREACHABLE` where none leads or
-            where there is no candidate; None unless the planner's `needs_distance` is true.
+            where there is no candidate; in the space `direction` with the way on to the agent's nearest goal. None
+            unless the planner's `needs_distance` is true.
         taken: bool `(n, T)`, tasks that agents who aren't asked are busy with.
         pos: int32 `(n, A)`, cells.
         keys: uint64 `(n, A)`, fresh random bits for each agent, independent of the batch.
@@ -341,7 +342,7 @@ class SubgoalTracker:
         )  # fmt: skip
 
     def distances(self, request: PlanRequest, which: NDArray[np.bool_]) -> NDArray[np.uint16]:
-        """Path lengths from the agents `which` (bool `(n, A)`) to their candidates, uint16 `(n, A, C)`."""
+        """As `PlanRequest.distance`, for the agents `which` (bool `(n, A)`)."""
         return self._lengths(request.rows, which, request.candidates)
 
     def _lengths(self, rows: NDArray[np.int64], which: NDArray[np.bool_], candidates: Candidates) -> NDArray[np.uint16]:
@@ -351,6 +352,12 @@ class SubgoalTracker:
         kernels.measure(
             rows, which, candidates.kind, candidates.cell, env.grid, env.pos, env.stride, lengths, scratch, self._queue
         )
+        if self.config.space == "direction":
+            # A direction is no end in itself: what counts is the way that begins with it.
+            kernels.measure_onwards(
+                rows, which, candidates.kind, candidates.cell, env.nearest_goal(), env.grid, env.stride, lengths,
+                scratch, self._queue,
+            )  # fmt: skip
         return lengths
 
     def candidates(self, rows: NDArray[np.int64], keys: NDArray[np.uint64]) -> Candidates:

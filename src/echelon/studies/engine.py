@@ -239,7 +239,8 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             entry["reason"] = read_json(where / "failed.json", "failed run")["reason"]
         runs.append(entry)
     told = {k: v for k, v in asdict(study).items() if k not in ("settings", "imports", "record")}
-    return {"format": FORMAT, "study": told, "machine": _machine(), "runs": runs}
+    # As they are read again from a file: lists, no tuples.
+    return dict(json.loads(json.dumps({"format": FORMAT, "study": told, "machine": _machine(), "runs": runs})))
 
 
 def _machine() -> dict[str, Any]:
