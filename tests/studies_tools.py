@@ -45,8 +45,6 @@ class Yard(Warehouse):
             mood = MOOD.read_text()
             if mood == "raise":
                 raise ValueError("the conveyor is jammed")
-            if mood == "leave":
-                raise SystemExit(7)
             if mood == "die once":
                 MOOD.unlink()
             if mood.startswith("die"):

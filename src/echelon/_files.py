@@ -82,9 +82,10 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def atomic_write_json(path: Path, value: Any) -> None:
-    """`atomic_write_bytes` of JSON with sorted keys; NaN and infinity are refused."""
-    atomic_write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+def atomic_write_json(path: Path, value: Any, *, compact: bool = False) -> None:
+    """`atomic_write_bytes` of JSON with sorted keys, `compact` in one line; NaN and infinity are refused."""
+    layout: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
+    atomic_write_text(path, json.dumps(value, sort_keys=True, allow_nan=False, **layout) + "\n")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,26 +95,41 @@ def reproduce(args: list[str]) -> int:
 
 def report(args: list[str]) -> int:
     """`echelon report STUDY`."""
+    from echelon._files import read_json
+    from echelon.studies.engine import collect, replays_of
     from echelon.studies.spec import read_study
 
     @dataclass(frozen=True)
     class Flags:
-        """Write a study's report, tables and figures anew from what its folder holds, also while it runs."""
+        """Write a study's report, tables and figures anew from what its folder holds, also while it runs.
 
-        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY")]
-        """The study's folder."""
+        STUDY is the study's folder, or a results.json that was kept of one.
+        """
 
-    folder = parse("report", Flags, args).folder
-    if not (folder / "study.toml").exists():
-        raise EchelonError(f"{folder} is no study: it has no study.toml")
-    print(_write(read_study(folder / "study.toml"), folder))
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY")]
+        """The study."""
+        out: Path | None = None
+        """The folder to write into; default: the study's own."""
+
+    flags = parse("report", Flags, args)
+    source: Path = flags.source
+    if source.is_file():
+        results = read_json(source, "study's results")
+        if not isinstance(results, dict) or "runs" not in results:
+            raise EchelonError(f"{source} holds no study's results")
+        print(_write(results, flags.out or source.parent, {}))
+        return 0
+    if not (source / "study.toml").exists():
+        raise EchelonError(f"{source} is no study: it has no study.toml")
+    study = read_study(source / "study.toml")
+    print(_write(collect(study, source), flags.out or source, replays_of(study, source)))
     return 0
 
 
 def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     from echelon.console import Stopper, Watch, console
     from echelon.studies.backends import cores
-    from echelon.studies.engine import run_study
+    from echelon.studies.engine import replays_of, run_study
 
     narrowed = {
         name: getattr(flags, name)
@@ -161,7 +176,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
         console.print(f"stopped with {done} of {len(states)} runs finished; the same command goes on: {command}")
         return 128 + stopper.signal
     _summary(_analysis(results), results)
-    print(_write(study, folder))
+    print(_write(results, folder, replays_of(study, folder)))
     return 1 if "failed" in states else 0
 
 
@@ -231,21 +246,18 @@ def _analysis(results: dict[str, Any]) -> dict[str, Any]:
     return analyse(results)
 
 
-def _write(study: Study, folder: Path) -> Path:
+def _write(results: dict[str, Any], folder: Path, replays: Mapping[str, Path]) -> Path:
     """Everything that is made from a study's results; the report's path."""
     from echelon._files import atomic_write_json
     from echelon.evaluation.exports import marl_eval, write_csv, write_latex
     from echelon.reports.study import write_report
-    from echelon.studies.engine import collect, replays_of
 
-    results = collect(study, folder)
     analysis = _analysis(results)
-    atomic_write_json(folder / "results.json", results)
     atomic_write_json(folder / "analysis.json", analysis)
-    atomic_write_json(folder / "marl_eval.json", marl_eval(results))
+    atomic_write_json(folder / "marl_eval.json", marl_eval(results), compact=True)
     write_csv(results, analysis, folder / "tables")
     write_latex(analysis, folder / "tables")
-    return write_report(folder, results, analysis, replays=replays_of(study, folder))
+    return write_report(folder, results, analysis, replays=replays)
 
 
 def _summary(analysis: dict[str, Any], results: dict[str, Any]) -> None:
@@ -264,7 +276,9 @@ def _summary(analysis: dict[str, Any], results: dict[str, Any]) -> None:
         table.add_row(name, *row)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     for claim in analysis["claims"]:
-        print(f"{claim['verdict']}: {claim['claim']}: {claim['ours']}")
+        # A study of other methods says nothing of the paper's.
+        if claim["runs"]:
+            print(f"{claim['verdict']}: {claim['claim']}: {claim['ours']}")
 
 
 def _interval(cells: Sequence[dict[str, Any]], place: tuple[str, int, int], name: str) -> str:

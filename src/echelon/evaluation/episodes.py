@@ -24,7 +24,7 @@ __all__ = ["EpisodeResults", "evaluate", "evaluation_seed"]
 
 
 def evaluation_seed(seed: int, stream: int = 0) -> int:
-    """The root seed of evaluation worlds: from streams of their own, so that no run's training worlds are among them."""
+    """The root seed of evaluation worlds: of streams of their own, so that no run's training worlds are among them."""
     return int(spawn_keys(seed, (9, stream) if stream else (9,), 1)[0] >> np.uint64(1))
 
 

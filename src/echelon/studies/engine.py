@@ -93,7 +93,7 @@ def run_study(
             # Also after an error: workers under way save what they have.
             stop.unlink(missing_ok=True)
         results = collect(study, folder)
-        atomic_write_json(folder / "results.json", results)
+        atomic_write_json(folder / "results.json", results, compact=True)
         return results
 
 

@@ -1,10 +1,12 @@
-"""The trials by which the defaults of QMIX were chosen, one line of a table each.
+"""The trials by which learning methods were tuned, one line of a table each; every method had as many.
 
-python benchmarks/tune_qmix.py 0 3    # trials 0 to 2, on one thread; OMP_NUM_THREADS=1 for numbers like ours
+python benchmarks/tune.py qmix          # those of QMIX and VDN, on one thread; OMP_NUM_THREADS=1 for numbers like ours
+python benchmarks/tune.py flat-mappo    # those of MAPPO, whose settings the hierarchies share
 
 Each trains a flat team in the default warehouse (20x20, 4 agents, 8 packages) from one seed, and is judged on 200
-episodes that training never saw, at half of its steps and at the end, acting greedily and with 0.05 of its actions
-random: the TSR, and the packages delivered of 8. Steps a second are those of training alone.
+episodes that training never saw, at half of its steps and at the end, by its most probable actions (a value network's
+best) and as it acts by default (drawn; a value network with 0.05 of its actions random): the TSR, and the packages
+delivered of 8. Steps a second are those of training alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import sys
 import time
 from typing import Any
 
-from echelon.algorithms import config_of
 from echelon.configs import RunConfig
 from echelon.evaluation import evaluate
 from echelon.training import Rollouts
@@ -26,7 +27,7 @@ def settings(batch: int, replay: float, lr: float, lam: float, tau: float, **mor
     return {"batch": batch, "replay": replay, "lr": lr, "lam": lam, "tau": tau, **usual, **more}
 
 
-TRIALS: list[tuple[str, int, int, int, dict[str, Any]]] = [
+QMIX: list[tuple[str, int, int, int, dict[str, Any]]] = [
     # method, steps, worlds, seed, settings of the algorithm
     ("qmix", 1_000_000, 128, 0, settings(2048, 2.0, 5e-4, 0.6, 0.01, epsilon_steps=200_000)),
     ("vdn", 400_000, 128, 0, settings(2048, 2.0, 5e-4, 0.6, 0.01)),
@@ -48,10 +49,31 @@ TRIALS: list[tuple[str, int, int, int, dict[str, Any]]] = [
     ("qmix", 2_000_000, 256, 1, settings(256, 1.0, 1e-3, 0.8, 0.02)),
 ]
 
+M = 1_000_000
+MAPPO: list[tuple[str, int, int, int, dict[str, Any]]] = [
+    ("flat-mappo", M, 256, 0, {}),
+    ("flat-mappo", M, 256, 0, {"lr": 1e-4}),
+    ("flat-mappo", M, 256, 0, {"lr": 6e-4}),
+    ("flat-mappo", M, 256, 0, {"lr": 1e-3}),
+    ("flat-mappo", M, 256, 0, {"entropy": 0.003}),
+    ("flat-mappo", M, 256, 0, {"entropy": 0.03}),
+    ("flat-mappo", M, 256, 0, {"rollout": 16}),
+    ("flat-mappo", M, 256, 0, {"rollout": 64}),
+    ("flat-mappo", M, 256, 0, {"epochs": 8}),
+    ("flat-mappo", M, 128, 0, {}),
+    ("flat-mappo", M, 64, 0, {}),
+    ("flat-mappo", M, 128, 0, {"lr": 6e-4, "rollout": 64}),
+    # Another seed, longer.
+    ("flat-mappo", 2 * M, 256, 1, {}),
+    ("flat-mappo", 2 * M, 128, 1, {}),
+    ("flat-mappo", 2 * M, 256, 1, {"lr": 6e-4}),
+    ("flat-mappo", 2 * M, 64, 1, {}),
+]
+
 
 def trial(method: str, steps: int, num_envs: int, seed: int, changes: dict[str, Any]) -> str:
     """Train and judge; a line of the table."""
-    algorithm = dataclasses.replace(config_of(method)(), **changes)
+    algorithm = dataclasses.replace(RunConfig(method=method).algorithm, **changes)
     config = RunConfig(method=method, algorithm=algorithm, steps=steps, num_envs=num_envs, seed=seed, threads=1)
     rollouts = Rollouts(config)
     rollouts.worlds.start()
@@ -62,23 +84,23 @@ def trial(method: str, steps: int, num_envs: int, seed: int, changes: dict[str, 
             rollouts.learn(rollouts.collect())
             done += rollouts.steps_per_update
         seconds += time.perf_counter() - start
-        policy = rollouts.algorithm.state_dict()
-        for epsilon in (0.0, 0.05):
-            judged = dataclasses.replace(config, algorithm=dataclasses.replace(algorithm, epsilon_eval=epsilon))
-            result = evaluate(judged, policy, episodes=200, seed=seed)
+        policy = rollouts.algorithm.state_dict(policy_only=True)
+        for greedy in (True, False):
+            result = evaluate(config, policy, episodes=200, seed=seed, greedy=greedy)
             assert result is not None
             tsr.append(f"{result.success.mean():.3f} ({result.task_return.mean():.2f})")
     told = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in changes.items())  # fmt: skip
-    return f"| {method} | {num_envs} worlds; {told} | {steps:,} | {seed} | {' | '.join(tsr)} | {done / seconds:,.0f} |"
+                     for name, value in changes.items()) or "the defaults"  # fmt: skip
+    return f"| {method} | {told} | {num_envs} | {steps:,} | {seed} | {' | '.join(tsr)} | {done / seconds:,.0f} |"
 
 
 def main() -> None:
-    """Run the trials whose numbers were asked for."""
-    first, last = (int(x) for x in sys.argv[1:3]) if len(sys.argv) > 2 else (0, len(TRIALS))
-    print("| method | settings | steps | seed | half, ε 0 | half, ε 0.05 | end, ε 0 | end, ε 0.05 | steps/s |")
-    print(f"|{'---|' * 9}")
-    for each in TRIALS[first:last]:
+    """Run the trials that were asked for: of which method, and perhaps from which to which."""
+    trials = {"qmix": QMIX, "flat-mappo": MAPPO}[sys.argv[1]]
+    first, last = (int(x) for x in sys.argv[2:4]) if len(sys.argv) > 3 else (0, len(trials))
+    print("| method | settings | worlds | steps | seed | half, best | half, drawn | end, best | end, drawn | steps/s |")
+    print(f"|{'---|' * 10}")
+    for each in trials[first:last]:
         print(trial(*each), flush=True)
 
 
