@@ -30,6 +30,7 @@ __all__ = [
     "build_executor",
     "build_planner",
     "build_worlds",
+    "forget_answers",
     "model_of",
     "settled",
     "use_threads",
@@ -48,6 +49,12 @@ def model_of(spec: str) -> CausalChoiceModel:
         # One thread: two that wait for each other lose several times over where another program wants a core.
         _models[spec] = CausalChoiceModel.load(spec, threads=1)
     return _models[spec]
+
+
+def forget_answers() -> None:
+    """Let the language models loaded here forget what they were asked, so that a run's cost is its own."""
+    for model in _models.values():
+        model.forget()
 
 
 def settled(config: RunConfig) -> RunConfig:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from echelon._files import atomic_write_json, explain_os_error, only_writer, read_json, remove_leftovers
+from echelon.building import forget_answers
 from echelon.configs import from_toml, to_toml
 from echelon.errors import BusyError, EchelonError, StorageError
 from echelon.evaluation.protocol import Protocol, run_by_protocol
@@ -106,6 +107,7 @@ def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool])
         start = time.time()
         told = _Progress(Path(job["progress"]))
         protocol = Protocol(**job["protocol"])
+        forget_answers()
         found = run_by_protocol(run, folder, protocol, record=job["record"], report=told, should_stop=should_stop)
         if found is None:
             return {"status": "stopped", "reason": None}
