@@ -532,6 +532,18 @@ def test_marl_eval_s_layout(results: Json) -> None:
     assert written["absolute_metrics"]["win_rate"] == [first["best"]["tsr"]]
 
 
+def test_marl_eval_keeps_evaluations_that_rollouts_put_off_unequally() -> None:
+    results = small()
+    exact = marl_eval(results)
+    for run in results["runs"]:
+        rollout = 8192 if run["method"] == "l2m2" else 4096
+        for evaluation in run["evaluations"]:
+            evaluation["step"] = -(-evaluation["step"] // rollout) * rollout
+    assert marl_eval(results) == exact
+    late = marl_eval(results, balanced=False)["warehouse"]["s20-a4"]["l2m2"]["seed_0"]
+    assert late["step_1"]["step_count"] == 106_496
+
+
 def test_marl_eval_unbalanced_has_every_finished_run(results: Json) -> None:
     tasks = marl_eval(results, balanced=False)["warehouse"]
     assert sum(len(seeds) for methods in tasks.values() for seeds in methods.values()) == 82

@@ -140,6 +140,18 @@ def test_a_stopped_comparison_gives_what_is_finished(tmp_path: Path) -> None:
     assert again.trained == [("flat-mappo", 192), ("flat-mappo", 256)]
 
 
+def test_a_setting_that_is_given_leaves_a_method_its_others() -> None:
+    run = dataclasses.replace(RUN, subgoals=dataclasses.replace(RUN.subgoals, retries=5))
+    other = run.with_method("l2m2-qmix")
+    assert (other.subgoals.retries, other.subgoals.space, other.subgoals.every) == (5, "direction", 10)
+    assert other.subgoals.task_weight == 1.0
+    assert other.algorithm == RunConfig(method="qmix").algorithm
+    assert run.with_method("classical").subgoals.scope == "team"
+    assert run.with_method("l2m2").algorithm == RUN.algorithm
+    # And back: what the other method brought is not taken along.
+    assert other.with_method("rule-goals").subgoals == run.subgoals
+
+
 def test_what_can_not_be_compared_is_told_first(tmp_path: Path) -> None:
     """Other settings, other lengths, twice the same or nothing at all; before anything is trained."""
     Watcher().compare([FLAT], tmp_path)

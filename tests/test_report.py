@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import html.parser
 import json
 import os
@@ -24,6 +25,7 @@ from echelon.reports import charts, figures, measured, paths, study
 from echelon.reports.charts import Axis, Figure, Plot, Series, linear_axis, log_axis, method_styles
 from echelon.reports.study import render_report, write_report
 from echelon.studies.analysis import analyse
+from echelon.studies.presets import preset
 from study_data import METHODS, synthetic_results
 from test_replay_page import tiny, warehouse
 
@@ -235,10 +237,26 @@ def test_the_definitions_are_those_of_the_analysis(whole: tuple[Document, Docume
 
 
 def test_how_to_reproduce_names_the_preset_or_the_file() -> None:
-    for name, command in (("medium", "echelon reproduce --preset medium"), ("mine", "echelon study study.toml")):
-        results, analysis = small(methods=("classical",), seeds=(0,), name=name)
+    whole_preset = json.loads(json.dumps(dataclasses.asdict(preset("medium"))))
+    for change, command in (
+        ({}, "echelon reproduce --preset medium"),
+        ({"name": "mine"}, "echelon study study.toml"),
+        # A part of a preset, or one with other steps, isn't what the preset's name would run.
+        ({"sizes": [20]}, "echelon study study.toml"),
+        ({"steps": 1000}, "echelon study study.toml"),
+    ):
+        results, analysis = small(methods=("classical",), seeds=(0,))
+        results["study"] = whole_preset | change
         page = Page(render_report(results, analysis, tuning="Forty trials <each>."))
         assert command in page.words and "Forty trials <each>." in page.words
+
+
+def test_verdicts_from_few_runs_are_called_provisional() -> None:
+    few, many = (
+        Page(render_report(*small(methods=("l2m2", "flat-mappo"), seeds=tuple(range(n))))).words for n in (3, 6)
+    )
+    assert "From as few as 3 runs" in few
+    assert "provisional" not in many
 
 
 @pytest.mark.parametrize("broken", [0, 1])

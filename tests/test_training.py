@@ -483,6 +483,22 @@ def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(
     same(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "mine.dat"), TimeoutError("no answer")])
+def test_what_a_world_misses_is_not_told_as_the_folders_trouble(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one run's missing file would stop a whole study as if the disk were full."""
+    trainer = Trainer(run_config(), tmp_path / "run")
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(trainer.rollouts, "collect", fail)
+    with pytest.raises(type(error)) as caught:
+        trainer.run()
+    assert caught.value is error
+
+
 def test_a_folder_belongs_to_one_process_and_one_run(finished: Path, tmp_path: Path) -> None:
     """A second writer and a second run in one folder are refused by one line each, and change nothing."""
     run = tmp_path / "run"

@@ -16,6 +16,7 @@ from echelon.fetching import ensure_model
 from echelon.flags import parse
 
 if TYPE_CHECKING:
+    from echelon.configs import RunConfig
     from echelon.studies.backends import Backend
     from echelon.studies.engine import Matrix
     from echelon.studies.spec import Study
@@ -145,7 +146,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     if flags.dry_run:
         print(_costs(study, flags.workers or cores(), flags.price))
         return 0
-    for run in {run.config.model_spec: run for run in study.runs() if _needs_model(run.method)}.values():
+    for run in {run.config.model_spec: run for run in study.runs() if _needs_model(run.config)}.values():
         ensure_model(run.config)
     backend = _backend(flags, folder)
     stopper = Stopper()
@@ -180,10 +181,10 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     return 1 if "failed" in states else 0
 
 
-def _needs_model(name: str) -> bool:
+def _needs_model(run: RunConfig) -> bool:
     from echelon.methods import method
 
-    return method(name).needs_model()
+    return method(run.method).needs_model(run.planner)
 
 
 def _backend(flags: _StudyFlags, folder: Path) -> Backend:

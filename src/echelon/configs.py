@@ -99,11 +99,13 @@ class RunConfig:
         """The same run of another method: settings that this one left at its own defaults get the other's."""
         own, classes = RunConfig(method=self.method), _tables(name)
         planner = "" if self.cheap_planner == own.cheap_planner else self.cheap_planner
-        kept = {
-            key: None if value == getattr(own, key) or type(value) is not classes[key] else value
-            for key, value in ((key, getattr(self, key)) for key in classes)
-        }
-        return dataclasses.replace(self, method=name, cheap_planner=planner, **cast(Any, kept))
+        kept: dict[str, Any] = {}
+        for key, cls in classes.items():
+            value, default = getattr(self, key), getattr(own, key)
+            changed = {k: v for k, v in vars(value).items() if v != getattr(default, k)}
+            # Settings of one algorithm mean nothing to another.
+            kept[key] = cls(**{**method(name).settings.get(key, {}), **changed}) if type(value) is cls else None
+        return dataclasses.replace(self, method=name, cheap_planner=planner, **kept)
 
     @property
     def model_spec(self) -> str:

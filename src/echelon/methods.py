@@ -83,10 +83,10 @@ register(Method("flat-ippo", "IPPO: as flat-mappo, each agent's critic seeing wh
 register(Method("qmix", "QMIX without subgoals, on the task reward", None, None, algorithm="qmix"))
 register(Method("vdn", "VDN without subgoals, on the task reward", None, None, algorithm="vdn"))
 # L2M2 of IJCAI 2025: one of eight directions an agent, every several steps, for the whole team; the executors'
-# reward is the task's plus the subgoal's.
+# reward is the task's plus a little of the subgoal's (with its full weight they follow directions past the packages).
 register(Method("l2m2-qmix", "the model gives each agent one of 8 directions, QMIX executors follow them", "llm", "llm",
-                algorithm="qmix",
-                settings={"subgoals": {"space": "direction", "every": 10, "scope": "team", "task_weight": 1.0}},
+                algorithm="qmix", settings={"subgoals": {"space": "direction", "every": 10, "scope": "team",
+                                                         "task_weight": 1.0, "intrinsic_weight": 0.05}},
                 ))  # fmt: skip
 # The whole team is assigned afresh whenever one agent is done: the stronger of the two, by 2.7% of the makespan.
 register(Method("classical", "optimal assignment and PIBT: full information, nothing learnt",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 import platform
@@ -47,6 +48,9 @@ from echelon.runs import load_policy, read_run
 from echelon.subgoals import Counts
 
 __all__ = ["Clock", "Progress", "Rollouts", "Trainer", "load_policy"]
+
+# What TensorBoard's writer can meet in a run's folder.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -437,6 +441,8 @@ def _tensorboard(folder: Path, step: int) -> Iterator[SummaryWriter]:
         with SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None) as board:
             yield board
     except OSError as error:
+        if error.errno not in _DISK:
+            raise  # what a user's world or planner met: a file that isn't there, a service that doesn't answer
         raise explain_os_error(error, folder) from error
     finally:
         threading.excepthook = tell

@@ -193,19 +193,28 @@ def marl_eval(results: Json, *, balanced: bool = True) -> Json:
     Args:
         results: content of results.json.
         balanced: that tool needs the same algorithms, seeds and steps everywhere. True: in each environment, keep
-            methods with a finished run of every task, of them the seeds that all have finished, and steps that all
-            were evaluated at. False: every finished run as it is.
+            methods with a finished run of every task, of them the seeds that all have finished, and evaluations that
+            all had. Those come after whole rollouts, a little later than asked for and not equally late for all
+            methods; here they stand at the steps that were asked for. False: every finished run as it is.
     """
+    every = results["study"]["protocol"]["every"]
     document: Json = {}
     for environment in dict.fromkeys(run["environment"] for run in results["runs"]):
         runs = [r for r in results["runs"] if r["environment"] == environment and r["status"] == "finished"]
         runs = _balance(runs) if balanced else runs
+        if balanced:
+            runs = [r | {"evaluations": [_as_asked(e, r["steps"], every) for e in r["evaluations"]]} for r in runs]
         learnt = [{e["step"] for e in r["evaluations"]} for r in runs if r["learns"]]
         steps = sorted(set.intersection(*learnt)) if learnt else []
         for run in runs:
             task = document.setdefault(environment, {}).setdefault(_task(run), {})
             task.setdefault(run["method"], {})[f"seed_{run['seed']}"] = _marl_eval_run(run, steps if balanced else None)
     return document
+
+
+def _as_asked(evaluation: Json, steps: int, every: int) -> Json:
+    """An evaluation at the step that it was due at."""
+    return evaluation | {"step": steps if evaluation["step"] >= steps else evaluation["step"] // every * every}
 
 
 def _task(run: Json) -> str:

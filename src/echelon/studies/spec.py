@@ -135,7 +135,10 @@ class Study:
 
     def _run(self, environment: str, size: int, agents: int, name: str, seed: int) -> StudyRun:
         data = _merged(self.settings.get("run", {}), self.settings.get("method", {}).get(name, {}))
-        env = {**self.settings.get("env", {}).get(environment, {}), **data.pop("env", {})}
+        own = data.pop("env", {})
+        if not _is_table(own):
+            raise EchelonError(f"study {self.name}: env must be a table, [run.env] or [method.{name}.env]")
+        env = {**self.settings.get("env", {}).get(environment, {}), **own}
         for key in ("method", "environment", "seed", "steps", "threads"):
             if key in data:
                 raise EchelonError(f"study {self.name}: {key} is the study's own; it can't be in [run] or [method]")
@@ -252,5 +255,6 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     """Both tables as one, `over` winning, tables in them merged alike."""
     merged = {k: _merged(v, {}) if _is_table(v) else v for k, v in under.items()}
     for key, value in over.items():
-        merged[key] = _merged(merged.get(key, {}), value) if _is_table(value) else value
+        below = merged.get(key, {})
+        merged[key] = _merged(below if _is_table(below) else {}, value) if _is_table(value) else value
     return merged
