@@ -52,6 +52,10 @@ class Yard(Warehouse):
             if mood == "no room":
                 MOOD.unlink()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            if mood == "deaf":
+                MOOD.unlink()
+                os.closerange(3, 256)
+                time.sleep(600)
             if mood == "hold":
                 time.sleep(0.01)
         super().advance(actions)

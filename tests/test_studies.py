@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import echelon
-from echelon import _files, building
+from echelon import _files, building, cli, cli_studies, methods
 from echelon.building import build_worlds
 from echelon.checkpoints import checkpoints_of
 from echelon.configs import RunConfig
@@ -33,7 +34,7 @@ from echelon.evaluation.episodes import evaluate, evaluation_seed
 from echelon.evaluation.protocol import Protocol, run_by_protocol, same_run
 from echelon.llm.choice import CausalChoiceModel
 from echelon.runs import load_policy, run_costs
-from echelon.studies import work
+from echelon.studies import backends, engine, work
 from echelon.studies.backends import PoolBackend, _how_it_died
 from echelon.studies.engine import ATTEMPTS, Matrix, run_study
 from echelon.studies.spec import Study, import_modules, read_study, study_from_toml, study_to_toml
@@ -153,19 +154,19 @@ def test_a_run_keeps_its_id_whatever_else_is_in_the_study() -> None:
 
 
 def test_settings_go_over_one_another() -> None:
-    """[run] is for all, [method] goes over it, table by table; [env] is for one environment, under both."""
+    """[run] is for all, [method] goes over it, table by table; [env] is for one environment, under [run.env]."""
     study = Study(
         name="s", methods=("rule-goals", "flat-mappo"), environments=("warehouse", "search"), sizes=(10,), seeds=(0,),
         settings={
             "run": {"num_envs": 8, "algorithm": {"gamma": 0.9, "hidden": 16}, "env": {"limit": 33}},
-            "method": {"flat-mappo": {"algorithm": {"gamma": 0.8}, "env": {"density": 0.1}}},
+            "method": {"flat-mappo": {"algorithm": {"gamma": 0.8}}},
             "env": {"search": {"num_targets": 3, "limit": 44}},
         },
     )  # fmt: skip
     a, b, c, d = [run.config for run in study.runs()]
     assert (a.num_envs, a.algorithm.gamma, a.algorithm.hidden, a.env.limit) == (8, 0.9, 16, 33)
-    assert (b.num_envs, b.algorithm.gamma, b.algorithm.hidden, b.env.density) == (8, 0.8, 16, 0.1)
-    assert a.env.density != 0.1 and c.env.num_targets == d.env.num_targets == 3 and c.env.limit == 33
+    assert (b.num_envs, b.algorithm.gamma, b.algorithm.hidden) == (8, 0.8, 16)
+    assert a.env == b.env and c.env == d.env and c.env.num_targets == 3 and c.env.limit == 33
 
 
 WRONG = [
@@ -175,6 +176,7 @@ WRONG = [
     ("seeds = []", "seeds is empty: name at least one"),
     ("seeds = [-1]", "seeds is .*: it must be at least 0"),
     ('seeds = "0"', r"study.toml: seeds is '0': it must be"),
+    ("sizes = 8", "study.toml: sizes is 8: it must be a list"),
     ("sizes = [10.5]", r"study.toml: sizes\[0\] is 10.5: it must be int"),
     ("steps = 0", "steps is 0: it must be at least 1"),
     ("steps = true", "study.toml: steps is True: it must be int"),
@@ -190,6 +192,8 @@ WRONG = [
     ("[method.rule-goal]\nnum_envs = 3", r"unknown name in \[method\] of study study 'rule-goal': did you mean"),
     ("[method.rule-goals]\nnum_env = 3", "rule-goals 'num_env': did you mean 'num_envs'?"),
     ("[method.rule-goals.algorithm]\ngama = 1", "unknown key in study study, rule-goals: algorithm 'gama': did you"),
+    ("[method.rule-goals.env]\nlimit = 9", r"study study: env can't be in \[method.rule-goals\]: methods are compared"),
+    ("[method.qmix.env]\nlimit = 9", r"env can't be in \[method.qmix\]"),
     ("[env.warehose]\nlimit = 3", r"unknown name in \[env\] of study study 'warehose': did you mean 'warehouse'?"),
     ("[env.warehouse]\nlimt = 3", "unknown key in study study, rule-goals: env 'limt': did you mean 'limit'?"),
     ("[env.warehouse]\nsize = 3", r"study study: size can't be in \[env\]: the study's sizes say it"),
@@ -293,10 +297,13 @@ def test_results_hold_everything_in_the_order_of_the_matrix(yard: Path, whole: P
     results = json.loads((whole / "results.json").read_text())
     assert results["format"] == 1 and results["study"]["protocol"]["episodes"] == 4
     assert results["machine"]["versions"]["echelon"] == echelon.__version__
+    assert results["study"]["settings"] == tiny_study(yard).settings and "imports" not in results["study"]
     assert [run["id"] for run in results["runs"]] == ids(tiny_study(yard))
     for run in results["runs"]:
         learns = run["method"] == "my-goals"
         assert run["learns"] == learns and run["reason"] is None and run["status"] == "finished"
+        assert (run["versions"], run["processor"]) == tuple(results["machine"][k] for k in ("versions", "processor"))
+        assert run["precision"] == "float32" and set(run["versions"]) == {"echelon", "python", "torch", "numpy"}
         assert [e["step"] for e in run["evaluations"]] == ([0, 192, 384, 512] if learns else [0])
         for judged in (run["best"], run["last"]):
             assert judged["episodes"] == 6 == len(judged["success"]) == len(judged["steps"])
@@ -320,7 +327,7 @@ def test_the_pool_gives_the_results_of_one_process_and_tells_where_it_is(
     assert max(len(m.running) for m in seen) == 2
     assert [m.finished for m in seen] == sorted(m.finished for m in seen) and seen[-1].finished == 4
     assert all(m.total == 4 and m.finished + len(m.running) <= 4 and not m.failed for m in seen)
-    assert seen[0].seconds_left is not None and seen[0].seconds_left > 0 and seen[-1].seconds_left == 0
+    assert all(m.finished for m in seen if m.seconds_left is not None) and seen[-1].seconds_left == 0
     assert sorted(line.split(":")[0] for line in news) == sorted(ids(tiny_study(yard)))
     assert not list((tmp_path / "study").glob("runs/*/progress.json")) and not list(tmp_path.rglob(".stop-*"))
 
@@ -397,6 +404,189 @@ def test_a_run_that_kills_its_worker_each_time_is_a_failed_run(
     assert len([line for line in news if "it goes on from its last checkpoint" in line]) == ATTEMPTS - 1
 
 
+def test_a_worker_that_closed_its_output_is_ended(
+    yard: Path, mood: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alive but never to be heard again, it isn't waited for: its run goes on in another."""
+    monkeypatch.setattr(backends, "_LAST_WORDS", 0.2)
+    mood.write_text("deaf")
+    news: list[str] = []
+    pool = PoolBackend(1)
+    study = tiny_study(yard, seeds=(0,), methods=("my-goals",))
+    run_study(study, tmp_path / "study", pool, report=lambda m: news.extend(m.news))
+    pool.close()
+    assert "its worker closed its output, and was ended; it goes on from its last checkpoint" in news[0]
+    name = ids(study)[0]
+    assert outcome(tmp_path / "study" / "runs" / name) == outcome(whole / "runs" / name)
+
+
+class Scripted:
+    """A backend that does nothing and gives made-up outcomes, one a call.
+
+    Attributes:
+        begun: ids of the jobs that it was given.
+    """
+
+    slots = 1
+
+    def __init__(self, *outcomes: dict[str, Any]) -> None:
+        self.begun: list[str] = []
+        self._script = iter(outcomes)
+        self.job: dict[str, Any] = {}
+
+    def start(self, job: dict[str, Any]) -> None:
+        self.begun.append(job["id"])
+        self.job = job
+
+    def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+        return [(self.job["id"], {"reason": None, **next(self._script)})]
+
+    def close(self) -> None:
+        pass
+
+
+def one_run(yard: Path) -> Study:
+    return tiny_study(yard, seeds=(0,), methods=("my-goals",))
+
+
+def test_a_run_that_stops_unasked_is_begun_again(yard: Path, tmp_path: Path) -> None:
+    """It isn't dropped: after so many attempts it counts as failed."""
+    news: list[str] = []
+    backend = Scripted(*[{"status": "stopped"}] * ATTEMPTS)
+    results = run_study(one_run(yard), tmp_path / "study", backend, report=lambda m: news.extend(m.news))
+    assert len(backend.begun) == ATTEMPTS
+    assert results["runs"][0]["reason"] == f"its worker stopped unasked, {ATTEMPTS} times"
+    assert news[0] == f"{backend.begun[0]}: its worker stopped unasked; it goes on from its last checkpoint"
+
+
+def test_a_run_that_another_process_holds_is_tried_again_and_then_left(yard: Path, tmp_path: Path) -> None:
+    """A hold that outlives its node goes in time; whoever really does the run may finish it: it isn't failed."""
+    busy = {"status": "busy", "reason": "it is in use"}
+    backend = Scripted(busy, {"status": "died", "reason": "it died"}, busy)
+    news: list[str] = []
+    results = run_study(one_run(yard), tmp_path / "study", backend, report=lambda m: news.extend(m.news))
+    assert len(backend.begun) == ATTEMPTS == len(news) and statuses(results) == ["pending"]
+    assert news[2] == f"{backend.begun[0]}: not done: it is in use" and not list(tmp_path.rglob("failed.json"))
+
+
+def test_a_dead_runs_reason_that_can_not_be_written_stops_the_study(
+    yard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any full disk does: one line, and no run counts as failed."""
+
+    def full(path: Path, value: Any) -> None:
+        raise StorageError(f"no space left for {path.name}")
+
+    monkeypatch.setattr(engine, "atomic_write_json", full)
+    seen: list[dict[str, str]] = []
+    backend = Scripted(*[{"status": "died", "reason": "it died"}] * ATTEMPTS)
+    with pytest.raises(StorageError, match=r"no space left for failed\.json"):
+        run_study(one_run(yard), tmp_path / "study", backend, report=lambda m: seen.append(dict(m.failed)))
+    assert len(backend.begun) == ATTEMPTS and not any(seen)
+
+
+def test_an_error_lets_runs_under_way_save_what_they_have(yard: Path, tmp_path: Path) -> None:
+    """They find the stop file and are waited for; the error comes out as it was."""
+    stops: list[bool] = []
+
+    class Fails(Scripted):
+        def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+            stops.append(Path(self.job["stop"]).exists())
+            return super().wait(seconds) if len(stops) == 3 else []
+
+    def fail(matrix: Matrix) -> None:
+        raise RuntimeError("no terminal")
+
+    with pytest.raises(RuntimeError, match="no terminal"):
+        run_study(one_run(yard), tmp_path / "study", Fails({"status": "stopped"}), report=fail)
+    assert stops == [False, True, True] and not list(tmp_path.rglob(".stop-*"))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_after_an_error_nobody_is_waited_for_for_ever(
+    raises: bool, yard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that is gone, or a run that doesn't stop: the stop file stays for it until the next call."""
+    monkeypatch.setattr(engine, "_DRAIN", 0.05)
+    calls = itertools.count()
+
+    class Gone(Scripted):
+        def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+            if raises or not next(calls):
+                raise StorageError("the cluster is gone")
+            time.sleep(0.01)
+            return []
+
+    with pytest.raises(StorageError, match="the cluster is gone"):
+        run_study(one_run(yard), tmp_path / "study", Gone())
+    assert len(list((tmp_path / "study").glob(".stop-*"))) == 1
+    run_study(one_run(yard), tmp_path / "study", Scripted(*[{"status": "died", "reason": "so"}] * ATTEMPTS))
+    assert not list((tmp_path / "study").glob(".stop-*"))
+
+
+def test_a_job_that_can_not_be_begun_is_not_waited_for(yard: Path, tmp_path: Path) -> None:
+    """Where no process can be started, there is nobody to stop."""
+
+    class Refuses(Scripted):
+        def start(self, job: dict[str, Any]) -> None:
+            raise StorageError("no more processes")
+
+        def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+            raise AssertionError
+
+    with pytest.raises(StorageError, match="no more processes"):
+        run_study(one_run(yard), tmp_path / "study", Refuses())
+    assert not list(tmp_path.rglob(".stop-*"))
+
+
+def test_the_time_left_is_what_is_left(yard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown until a whole run was done here; then by what is trained, and what the whole run took."""
+    folder, study = tmp_path / "study", tiny_study(yard, methods=("my-goals",), seeds=(0, 1, 2))
+    runs = [folder / "runs" / name for name in ids(study)]
+    monkeypatch.setattr(engine, "estimate", lambda run, protocol: type("Cost", (), {"seconds": 10.0}))
+    # Half of the first run was done before; it tells nothing of how long a whole one takes.
+    (runs[0] / "checkpoints" / f"step-{4 * UPDATE:012d}").mkdir(parents=True)
+    left: list[float | None] = []
+
+    class Slow(Scripted):
+        def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+            outcome = next(self._script)
+            if outcome["status"] == "working":
+                told = {"stage": "training", "total": 8 * UPDATE, "info": "", **outcome}
+                Path(self.job["progress"]).write_text(json.dumps(told))
+                return []
+            (Path(self.job["folder"]) / "progress.json").unlink(missing_ok=True)
+            return [(self.job["id"], {"reason": None, **outcome})]
+
+    for run in runs[1:]:
+        run.mkdir()
+    backend = Slow(
+        {"status": "finished", "seconds": 1.0}, {"status": "working", "done": 6 * UPDATE},
+        {"status": "finished", "seconds": 30.0}, {"status": "working", "done": 2 * UPDATE},
+        {"status": "died", "reason": "so"}, {"status": "finished", "seconds": 5.0},
+    )  # fmt: skip
+    run_study(study, folder, backend, report=lambda m: left.append(m.seconds_left))
+    assert left == [None, None, 30.0, 22.5, 30.0, 0.0]
+
+
+def test_nothing_is_shown_that_an_earlier_attempt_said(yard: Path, tmp_path: Path) -> None:
+    """A killed worker's progress file and its half-written one are gone before the next begins."""
+    run = tmp_path / "study" / "runs" / ids(one_run(yard))[0]
+    run.mkdir(parents=True)
+    old = {"stage": "training", "done": 1, "total": 2, "info": "old"}
+    seen: list[Any] = []
+
+    class Looks(Scripted):
+        def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+            seen.append(sorted(p.name for p in run.iterdir()))
+            for name in ("progress.json", "progress.123.part"):
+                (run / name).write_text(json.dumps(old))
+            return super().wait(seconds)
+
+    run_study(one_run(yard), tmp_path / "study", Looks(*[{"status": "died", "reason": "so"}] * ATTEMPTS))
+    assert seen == [[]] * ATTEMPTS
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [(7, "ended with status 7"), (-11, "was killed by SIGSEGV"), (-40, "was killed by signal 40")],
@@ -454,8 +644,10 @@ def test_a_killed_study_leaves_no_worker_and_goes_on(
     assert all(lives(pid) for pid in workers)  # held by their mood
     with monkeypatch.context() as patch:
         patch.setattr(work, "_BUSY_FOR", 0.1)
-        with pytest.raises(StorageError, match="in use by another process"):
-            run_study(tiny_study(yard, seeds=(0,), methods=("my-goals",)), folder, Here())
+        news: list[str] = []
+        held = tiny_study(yard, seeds=(0,), methods=("my-goals",))
+        results = run_study(held, folder, Here(), report=lambda m: news.extend(m.news))
+        assert statuses(results) == ["pending"] and all("in use by another process" in line for line in news)
     assert not list(folder.glob("runs/*/failed.json"))
     mood.unlink()
     wait_for(lambda: not any(lives(pid) for pid in workers))
@@ -539,13 +731,73 @@ def test_a_run_of_another_version_is_one_line_and_nothing_is_lost(file: str, yar
     assert contents(folder) == before and backend.done == []
 
 
+@pytest.mark.parametrize("harm", ["", "[]", "{", "\udcff", '{"format": "1"}', '{"format": 1, "best": {}}'])
+@pytest.mark.parametrize("file", ["result.json", "failed.json"])
+def test_a_damaged_file_of_a_run_is_one_line_that_says_what_to_do(
+    file: str, harm: str, yard: Path, tmp_path: Path
+) -> None:
+    """Which run, and what to remove; a failed run without a reason is failed all the same."""
+    folder, study = tmp_path / "study", tiny_study(yard, seeds=(0,), methods=("classical",))
+    run = folder / "runs" / ids(study)[0]
+    run.mkdir(parents=True)
+    (run / file).write_bytes(harm.encode(errors="surrogateescape"))
+    if file == "failed.json" and harm.endswith("}}"):
+        results = run_study(study, folder, Here())
+        assert results["runs"][0]["reason"] == "its failed.json gives no reason"
+        return
+    with pytest.raises(
+        EchelonError, match=f"{file} is damaged .*: remove that file, and the run is done again"
+    ) as caught:
+        run_study(study, folder, Here())
+    assert "\n" not in str(caught.value) and str(run) in str(caught.value)
+    (run / file).unlink()
+    assert statuses(run_study(study, folder, Here())) == ["finished"]
+
+
+def test_results_of_another_echelon_are_kept_and_told(yard: Path, whole: Path, tmp_path: Path) -> None:
+    """By the ids they are the same runs: a line says by whom they were made."""
+    folder, study = tmp_path / "study", tiny_study(yard)
+    shutil.copytree(whole, folder)
+    for name, version in zip(ids(study), ("0.0.9", "0.0.9", "0.0.8"), strict=False):
+        path = folder / "runs" / name / "result.json"
+        told = json.loads(path.read_text())
+        told["versions"]["echelon"] = version
+        path.write_text(json.dumps(told))
+    idle, news = Here(), list[str]()
+    results = run_study(study, folder, idle, report=lambda m: news.extend(m.news))
+    this = echelon.__version__
+    assert news == [
+        f"2 runs were made by echelon 0.0.9, this is {this}: move them away to do them anew",
+        f"1 run was made by echelon 0.0.8, this is {this}: move them away to do them anew",
+    ]
+    assert idle.done == [] and [r["versions"]["echelon"] for r in results["runs"]] == ["0.0.9", "0.0.9", "0.0.8", this]
+
+
+def test_of_a_finished_run_the_newest_checkpoint_is_kept(yard: Path, whole: Path, tmp_path: Path) -> None:
+    """It is judged from it, and trained on from it as if it had never ended."""
+    run = tiny_study(yard).runs()[0]
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "runs" / run.id, folder)
+    assert [p.name for p in checkpoints_of(folder / "checkpoints")] == [f"step-{8 * UPDATE:012d}"]
+    config, policy = load_policy(folder)
+    result = evaluate(config, policy, episodes=6, stream=1)
+    last = json.loads((folder / "result.json").read_text())["last"]
+    assert result is not None and result.steps.tolist() == last["steps"]
+    assert Trainer.resume(folder, steps=10 * UPDATE).run()
+    assert Trainer(dataclasses.replace(run.config, steps=10 * UPDATE), tmp_path / "whole").run()
+    assert trained(folder) == trained(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("harm", ["[]", "{", '{"format": 1}'])
 def test_a_damaged_checkpoint_fails_its_own_run(harm: str, yard: Path, whole: Path, tmp_path: Path) -> None:
     """The line of the run says what to do; done, and asked for again, it comes out the same."""
     folder, study = tmp_path / "study", tiny_study(yard, seeds=(0,))
-    run_study(study, folder, Here())
     run = folder / "runs" / ids(study)[0]
-    (run / "result.json").unlink()
+
+    def has_two() -> bool:
+        return len(checkpoints_of(run / "checkpoints")) == 2
+
+    assert run_by_protocol(study.runs()[0].config, run, study.protocol, should_stop=has_two) is None
     newest = checkpoints_of(run / "checkpoints")[-1]
     (newest / "manifest.json").write_text(harm)
     results = run_study(study, folder, Here())
@@ -624,6 +876,75 @@ def test_less_than_one_worker_is_refused(slots: int) -> None:
     """One line."""
     with pytest.raises(EchelonError, match=f"{slots} workers: it must be at least 1"):
         PoolBackend(slots)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", ".", "-x", "a b", "a\n"])
+def test_a_method_whose_name_is_no_folders_is_refused(name: str) -> None:
+    """Folders of runs are named by it."""
+    with pytest.raises(EchelonError, match=r"method name .*: it must be letters, digits, - _ \. after a letter"):
+        methods.register(methods.Method(name, "wrong", "nearest", "nearest"))
+    assert name not in methods.methods()
+
+
+# -- the commands ------------------------------------------------------------------------------
+
+REPRODUCE = [
+    ("--sizess 3", "Unrecognized options: --sizess, 3; did you mean --sizes?"),
+    ("--seeds a", "--seeds: 'a' is no whole number"),
+    ("--sizes 10 1.5", "--sizes: '1.5' is no whole number"),
+    ("--seeds", "seeds is empty: name at least one"),
+    ("--seeds -1", "seeds is (-1,): it must be at least 0"),
+    ("--seeds 0 0", "seeds lists 0 twice"),
+    ("--sizes 1 --dry-run", "env.size is 1: it must be 5 to 256"),
+    ("--methods qmx", "unknown method 'qmx': did you mean 'qmix'?"),
+    ("--preset pape", "unknown preset 'pape': did you mean 'paper'? known are medium, paper, quick"),
+    ("--workers 0", "--workers is 0: it must be at least 1"),
+    ("--workers a", "--workers: "),
+    ("--steps 0", "steps is 0: it must be at least 1"),
+    ("--price -1", "--price is -1.0: it must be at least 0"),
+    ("--backend rayy", "invalid choice 'rayy' for argument '--backend'. Expected one of ('pool', 'ray')"),
+    ("--methods classical --address auto", "--address is a Ray cluster's: give --backend ray with it"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        *((["reproduce", *args.split()], line) for args, line in REPRODUCE),
+        (["study", "."], "study .: Is a directory"),
+        (["study", "missing.toml"], "study missing.toml: No such file or directory"),
+        (["report", "missing"], "missing is no study: it has no study.toml"),
+        (["report"], "STUDY"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_writes_nothing(
+    args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong and what would be right."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(args) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("echelon: ") and line in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_that_is_not_done_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody stopped it, another process holds one of its runs: status 1 and a line; later the rest is done."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "_BUSY_FOR", 0.0)
+    monkeypatch.setattr(cli_studies, "_backend", lambda flags, folder: Here())
+    study = Study(
+        "held", methods=("classical",), sizes=(8,), agents=(2,), seeds=(0, 1), record=0, protocol=Protocol(9, 2, 2)
+    )
+    Path("held.toml").write_text(study_to_toml(study))
+    with _files.only_writer(Path("studies/held/runs") / ids(study)[1] / ".job"):
+        assert cli.main(["study", "held.toml"]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 runs are not done; the same command goes on: echelon study held.toml" in " ".join(said.err.split())
+    assert Path("studies/held/report.html").exists()
+    assert cli.main(["study", "held.toml"]) == 0
 
 
 # -- the protocol ------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from echelon.errors import EchelonError
 from echelon.fetching import ensure_model
@@ -24,21 +25,43 @@ if TYPE_CHECKING:
 __all__ = ["report", "reproduce", "study"]
 
 
+def _list_of(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """How a list that may be left out is read; tyro's own words for what it can't read name its types."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{metavar} [{metavar} ...]",
+        instance_from_str=lambda words: tuple(kind(word) for word in words),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [str(item) for item in value or ("None",)],
+    )
+
+
+def _number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is no whole number") from None
+
+
+_Names = Annotated[tuple[str, ...] | None, _list_of(str, "NAME")]
+_Numbers = Annotated[tuple[int, ...] | None, _list_of(_number, "INT")]
+
+
 @dataclass(frozen=True)
 class _StudyFlags:
     """What both ways to run a study can be told."""
 
     out: Path | None = None
     """The study's folder; default: studies/<name>. Called again, it goes on where it stopped."""
-    methods: tuple[str, ...] | None = None
+    methods: _Names = None
     """These methods instead of the study's."""
-    environments: tuple[str, ...] | None = None
+    environments: _Names = None
     """These environments instead of the study's."""
-    sizes: tuple[int, ...] | None = None
+    sizes: _Numbers = None
     """These sizes instead of the study's."""
-    agents: tuple[int, ...] | None = None
+    agents: _Numbers = None
     """These numbers of agents instead of the study's."""
-    seeds: tuple[int, ...] | None = None
+    seeds: _Numbers = None
     """These seeds instead of the study's."""
     steps: int | None = None
     """So many environment steps a training instead of the study's."""
@@ -178,7 +201,10 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
         return 128 + stopper.signal
     _summary(_analysis(results), results)
     print(_write(results, folder, replays_of(study, folder)))
-    return 1 if "failed" in states else 0
+    if "pending" in states:
+        left = f"{states.count('pending')} of {len(states)} runs are not done"
+        console.print(f"{left}; the same command goes on: {command}")
+    return 0 if set(states) == {"finished"} else 1
 
 
 def _needs_model(run: RunConfig) -> bool:

@@ -219,5 +219,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if option in (int, str, bool) and type(value) is option:
             return value
-    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    names = ["a list" if typing.get_origin(o) is tuple else getattr(o, "__name__", str(o)) for o in options]
+    wanted = " or ".join(name for name in names if name != "NoneType")
     raise EchelonError(f"{where} is {value!r}: it must be {wanted}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from echelon.errors import unknown_name
+from echelon.errors import EchelonError, unknown_name
 
 __all__ = ["Method", "method", "methods", "register"]
 
@@ -16,7 +16,7 @@ class Method:
     """What a method's name stands for.
 
     Attributes:
-        name: how it is called.
+        name: how it is called; folders are named by it.
         summary: what it is, in one line.
         train_planner: who sets subgoals while executors learn; None for a flat team. "llm" stands for the
             configured model.
@@ -51,7 +51,13 @@ _REGISTRY: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Make a method known by its name."""
+    """Make a method known by its name.
+
+    Raises:
+        EchelonError: a name that can't be a folder's.
+    """
+    if not method.name[:1].isalnum() or not all(c.isalnum() or c in "-_." for c in method.name):
+        raise EchelonError(f"method name {method.name!r}: it must be letters, digits, - _ . after a letter or digit")
     _REGISTRY[method.name] = method
 
 

@@ -77,8 +77,8 @@ def run_by_protocol(
 
     Returns:
         JSON-able: `evaluations` (step, episodes, success, tsr, steps_to_finish, collisions, task_return, in order of
-        steps), `best` and `last` (step and one list entry an episode; the same policy is judged once), and what the
-        training took. None if it was stopped.
+        steps), `best` and `last` (step and one list entry an episode; the same policy is judged once), `precision`
+        (that networks computed in) and what the training took. None if it was stopped.
 
     Raises:
         EchelonError: the folder holds another run, training diverged, or files are damaged.
@@ -120,6 +120,7 @@ def run_by_protocol(
     return {
         **judge.told,
         "learns": method(run.method).learns,
+        "precision": settled(run).algorithm.precision,
         "training_seconds": seconds,
         "steps_per_second": step / seconds if seconds else None,
         "training_model_calls": costs.get("training_model_calls", 0),

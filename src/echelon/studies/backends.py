@@ -19,7 +19,8 @@ from echelon.errors import EchelonError
 __all__ = ["ONE_THREAD", "Backend", "PoolBackend", "cores"]
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-_LAST_WORDS = 5.0  # seconds that an idle worker has to end by itself
+_LAST_WORDS = 5.0  # seconds that a worker without pipes has to end by itself
+_DEAF = "its worker closed its output, and was ended"
 
 
 def cores() -> int:
@@ -124,9 +125,9 @@ class PoolBackend:
                     worker.heard, worker.job = b"", None
             elif data == b"" or worker in dead:
                 self._forget(worker)
-                code = worker.process.wait()
+                reason = _how_it_died(worker.process.returncode) if _ends(worker.process) else _DEAF
                 if worker.job is not None:
-                    ended.append((worker.job, {"status": "died", "reason": _how_it_died(code)}))
+                    ended.append((worker.job, {"status": "died", "reason": reason}))
         return ended
 
     def _forget(self, worker: _Worker) -> None:
@@ -144,12 +145,19 @@ class PoolBackend:
             if worker.job is not None:
                 worker.process.kill()
             self._forget(worker)
-            try:
-                worker.process.wait(_LAST_WORDS)
-            except subprocess.TimeoutExpired:  # a thread of a user's module, say
-                worker.process.kill()
-                worker.process.wait()
+            _ends(worker.process)
         self._selector.close()
+
+
+def _ends(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process whose pipes are closed ends by itself; one that doesn't is ended."""
+    try:
+        process.wait(_LAST_WORDS)
+    except subprocess.TimeoutExpired:  # a thread of a user's module, say
+        process.kill()
+        process.wait()
+        return False
+    return True
 
 
 def _how_it_died(code: int) -> str:

@@ -1,7 +1,7 @@
 """What a run will cost, before it is begun: seconds, model calls, tokens.
 
 The figures were measured on 2 cores of an AMD EPYC with AVX-512 BF16, one thread a run
-(`docs/results/studies.md`); another machine is faster or slower by a factor that a study learns from its first runs.
+(`docs/results/medium.md`); another machine is faster or slower by a factor that a study learns from its first runs.
 """
 
 from __future__ import annotations

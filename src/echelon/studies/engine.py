@@ -10,26 +10,30 @@ import contextlib
 import json
 import os
 import platform
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import echelon
-from echelon._files import atomic_write_json, atomic_write_text, only_writer, read_json, remove_leftovers
+from echelon._files import atomic_write_json, atomic_write_text, only_writer, remove_leftovers
 from echelon.checkpoints import FORMAT as CHECKPOINT_FORMAT
 from echelon.checkpoints import checkpoints_of
 from echelon.errors import EchelonError, StorageError
 from echelon.evaluation.protocol import FORMAT as PROTOCOL_FORMAT
+from echelon.runs import steps_done
 from echelon.studies.backends import Backend, cores
 from echelon.studies.costs import estimate
 from echelon.studies.spec import Study, StudyRun, study_to_toml
-from echelon.studies.work import FORMAT, job_of, read_progress
+from echelon.studies.work import FORMAT, forget_progress, job_of, processor, read_progress, versions
 
 __all__ = ["Matrix", "collect", "replays_of", "run_study"]
 
-ATTEMPTS = 3  # how often a run whose worker died is begun again before it counts as failed
+# How often a run is begun whose worker dies or finds its folder held, before it counts as failed or is left pending.
+ATTEMPTS = 3
+_DRAIN = 20.0  # seconds that runs under way have to save what they have when the study meets an error
 
 
 @dataclass
@@ -40,7 +44,8 @@ class Matrix:
         total: its runs; finished: those that are done, with those done earlier; failed: id → reason.
         running: id → what the run says of itself (`stage`, `done`, `total`, `info`), or None before it says anything.
         news: what happened since the last call, in words.
-        seconds_left: an estimate, from what finished runs took; None before there is one.
+        seconds_left: an estimate: what runs should take less what they have trained, times what runs that were done
+            here from their beginning took longer than they should; None before there was one of these.
     """
 
     total: int
@@ -76,22 +81,30 @@ def run_study(
     Raises:
         EchelonError: a run can't be built, or a folder is of a newer format.
         StorageError: the disk is full or can't be written, or another process runs this study. What is done is kept.
+
+    After an error runs under way have 20 seconds to save a checkpoint; after a `KeyboardInterrupt` they haven't.
     """
     runs = study.runs()
     with only_writer(folder):
         remove_leftovers(folder)
-        done = {run.id: _state_of(folder / "runs" / run.id) for run in runs}
+        kept = {run.id: _kept(folder / "runs" / run.id) for run in runs}
         # Files that it imports are found from its folder, too.
         imports = tuple(str(Path(n).resolve()) if n.endswith(".py") else n for n in study.imports)
         atomic_write_text(folder / "study.toml", study_to_toml(replace(study, imports=imports)))
         stop = folder / f".stop-{os.getpid()}"
         for old in folder.glob(".stop-*"):
             old.unlink(missing_ok=True)
+        engine = _Engine(study, runs, folder, backend, stop, report, should_stop)
         try:
-            _Engine(study, runs, folder, backend, stop, report, should_stop).run(done, retry_failed)
+            engine.run(kept, retry_failed)
+        except Exception:
+            engine.drain()
+            raise
         finally:
-            # Also after an error: workers under way save what they have.
-            stop.unlink(missing_ok=True)
+            # Who is still at work shall find it; the next call removes it.
+            if not engine.matrix.running:
+                with contextlib.suppress(OSError):
+                    stop.unlink(missing_ok=True)
         results = collect(study, folder)
         atomic_write_json(folder / "results.json", results, compact=True)
         return results
@@ -112,26 +125,41 @@ class _Engine:
         self.stop, self.report, self.should_stop = stop, report, should_stop
         self.matrix = Matrix(len(runs))
         self.expected = {run.id: estimate(run.config, study.protocol).seconds for run in runs}
-        self.spent = self.took = 0.0  # seconds of runs finished here: expected, and real
+        self.spent = self.took = 0.0  # seconds of runs done here from their beginning: expected, and real
+        self.trained: dict[str, float] = {}  # the share of its training that a run has done
+        self.began: dict[str, float] = {}  # ... and had when it was begun here
 
-    def run(self, done: dict[str, str | None], retry_failed: bool) -> None:
+    def run(self, kept: dict[str, tuple[str | None, dict[str, Any]]], retry_failed: bool) -> None:
         """Do the runs whose state isn't "finished"."""
         m = self.matrix
         waiting: deque[str] = deque()
-        for name, state in done.items():
+        others: Counter[str] = Counter()
+        for name, (state, told) in kept.items():
             if state == "finished":
                 m.finished += 1
+                others[told.get("versions", {}).get("echelon", echelon.__version__)] += 1
             elif state == "failed" and not retry_failed:
-                m.failed[name] = read_json(self.folder / "runs" / name / "failed.json", "failed run")["reason"]
+                m.failed[name] = _reason(told)
             else:
                 # Begun again, it goes on next time if it is stopped now.
                 with contextlib.suppress(OSError):
                     (self.folder / "runs" / name / "failed.json").unlink(missing_ok=True)
+                self.trained[name] = self._saved(name)
                 waiting.append(name)
+        del others[echelon.__version__]
+        for version, count in others.items():
+            were = "1 run was" if count == 1 else f"{count} runs were"
+            m.news.append(
+                f"{were} made by echelon {version}, this is {echelon.__version__}: move them away to do them anew"
+            )
+        if m.news:
+            self.report(m)
+            m.news.clear()
         attempts: dict[str, int] = {}
         trouble: str | None = None
+        stopping = False
         while waiting or m.running:
-            stopping = trouble is not None or self.should_stop()
+            stopping = stopping or trouble is not None or self.should_stop()
             if stopping:
                 waiting.clear()
                 if not m.running:
@@ -140,78 +168,127 @@ class _Engine:
             while waiting and len(m.running) < self.backend.slots:
                 name = waiting.popleft()
                 attempts[name] = attempts.get(name, 0) + 1
-                m.running[name] = None
+                forget_progress(self.folder / "runs" / name)
+                self.trained[name] = self.began[name] = self._saved(name)
                 self.backend.start(job_of(self.study, self.runs[name], self.folder, self.stop))
+                m.running[name] = None
             for name, outcome in self.backend.wait(0.5):
                 del m.running[name]
-                match outcome["status"]:
+                status, reason = outcome["status"], outcome["reason"]
+                if status == "stopped" and not stopping:
+                    status, reason = "died", "its worker stopped unasked"
+                match status:
                     case "finished":
                         m.finished += 1
-                        self.spent += self.expected[name]
-                        self.took += outcome["seconds"]
+                        if not self.began[name]:
+                            self.spent += self.expected[name]
+                            self.took += outcome["seconds"]
                         m.news.append(f"{name}: finished ({outcome['seconds']:.0f} s)")
                     case "failed":
-                        m.failed[name] = outcome["reason"]
-                        m.news.append(f"{name}: failed: {outcome['reason']}")
-                    case "storage":
-                        trouble = trouble or outcome["reason"]
-                    case "died" if attempts[name] < ATTEMPTS:
-                        m.news.append(f"{name}: {outcome['reason']}; it goes on from its last checkpoint")
-                        waiting.append(name)
-                    case "died":
-                        reason = f"{outcome['reason']}, {attempts[name]} times"
-                        told = {"format": FORMAT, "id": name, "reason": reason, "traceback": None}
-                        atomic_write_json(self.folder / "runs" / name / "failed.json", told)
                         m.failed[name] = reason
                         m.news.append(f"{name}: failed: {reason}")
+                    case "storage":
+                        trouble = trouble or reason
+                    case "died" | "busy" if attempts[name] < ATTEMPTS:
+                        then = "goes on from its last checkpoint" if status == "died" else "is tried again"
+                        m.news.append(f"{name}: {reason}; it {then}")
+                        self.trained[name] = self._saved(name)
+                        waiting.append(name)
+                    case "died":
+                        reason = f"{reason}, {attempts[name]} times"
+                        told = {"format": FORMAT, "id": name, "reason": reason, "traceback": None}
+                        try:
+                            atomic_write_json(self.folder / "runs" / name / "failed.json", told)
+                        except StorageError as error:
+                            trouble = trouble or str(error)
+                            continue
+                        m.failed[name] = reason
+                        m.news.append(f"{name}: failed: {reason}")
+                    case "busy":
+                        # Who holds it may well finish it: not to be called failed.
+                        m.news.append(f"{name}: not done: {reason}")
             for name in m.running:
-                m.running[name] = read_progress(self.folder / "runs" / name) or m.running[name]
+                m.running[name] = said = read_progress(self.folder / "runs" / name) or m.running[name]
+                if said is not None and said["stage"] == "training":
+                    self.trained[name] = min(1.0, said["done"] / said["total"])
             m.seconds_left = self._left([*waiting, *m.running])
             self.report(m)
             m.news.clear()
         if trouble is not None:
             raise StorageError(trouble)
 
+    def drain(self) -> None:
+        """After an error: runs under way save what they have, if they do so soon."""
+        self._tell_workers_to_stop()
+        end = time.monotonic() + _DRAIN
+        with contextlib.suppress(Exception):  # the backend may be what failed
+            while self.matrix.running and time.monotonic() < end:
+                for name, _ in self.backend.wait(0.5):
+                    del self.matrix.running[name]
+
     def _tell_workers_to_stop(self) -> None:
         # On a full disk a file of no bytes can often be made still; else workers meet the trouble themselves.
         with contextlib.suppress(OSError):
             self.stop.touch()
 
+    def _saved(self, name: str) -> float:
+        """The share of its training that a run has in its newest checkpoint."""
+        return min(1.0, steps_done(self.folder / "runs" / name) / self.runs[name].config.steps)
+
     def _left(self, names: list[str]) -> float | None:
         """Seconds until the runs `names` are done, by what they should take and how runs here compare to that."""
-        slower = self.took / self.spent if self.spent else 1.0
-        return slower * sum(self.expected[name] for name in names) / max(1, self.backend.slots)
+        if not self.spent:
+            return None
+        left = [self.expected[name] * (1 - self.trained[name]) for name in names]
+        return self.took / self.spent * max(sum(left) / max(1, self.backend.slots), *left, 0.0)
 
 
-def _state_of(folder: Path) -> str | None:
-    """ "finished", "failed" or None, by the files of a run.
+def _kept(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """ "finished", "failed" or None, by the files of a run, and what its result or its `failed.json` says.
 
     Raises:
-        EchelonError: it is of a newer format.
+        EchelonError: it is of a newer format, or damaged.
     """
-    state = None
-    for name, file in (("finished", "result.json"), ("failed", "failed.json")):
+    for state, file, needed in (
+        ("finished", "result.json", {"evaluations", "best", "last"}),
+        ("failed", "failed.json", set[str]()),
+    ):
         path = folder / file
-        if state is None and path.exists():
-            told = read_json(path, "run's result")
-            _require_format(folder, file, told.get("format") if isinstance(told, dict) else None, FORMAT)
-            state = name
-    if state is None:
-        # Of another format, the study isn't begun; what is damaged is told as the reason of its run alone.
-        formats = {folder / "protocol.json": PROTOCOL_FORMAT}
-        formats |= {path / "manifest.json": CHECKPOINT_FORMAT for path in checkpoints_of(folder / "checkpoints")[-1:]}
-        for path, known in formats.items():
-            with contextlib.suppress(OSError, ValueError):
-                told = json.loads(path.read_text(encoding="utf-8"))
-                of = told.get("of", told) if isinstance(told, dict) else {}
-                found = of.get("format") if isinstance(of, dict) else None
-                if isinstance(found, int):
-                    _require_format(folder, path.name, found, known)
-    return state
+        if not path.exists():
+            continue
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _damaged(folder, file, error) from None
+        if not isinstance(told, dict) or not isinstance(told.get("format"), int):
+            raise _damaged(folder, file, "it says no format")
+        _require_format(folder, file, told["format"], FORMAT)
+        if missing := needed - set(told):
+            raise _damaged(folder, file, f"{sorted(missing)[0]} is missing")
+        return state, told
+    # Of another format, the study isn't begun; what is damaged is told as the reason of its run alone.
+    formats = {folder / "protocol.json": PROTOCOL_FORMAT}
+    formats |= {path / "manifest.json": CHECKPOINT_FORMAT for path in checkpoints_of(folder / "checkpoints")[-1:]}
+    for path, known in formats.items():
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            of = told.get("of", told) if isinstance(told, dict) else {}
+            found = of.get("format") if isinstance(of, dict) else None
+            if isinstance(found, int):
+                _require_format(folder, path.name, found, known)
+    return None, {}
 
 
-def _require_format(folder: Path, what: str, found: object, known: int) -> None:
-    if not isinstance(found, int) or found > known:
+def _damaged(folder: Path, file: str, why: object) -> EchelonError:
+    return EchelonError(f"run {folder}: its {file} is damaged ({why}): remove that file, and the run is done again")
+
+
+def _reason(told: dict[str, Any]) -> str:
+    return str(told.get("reason") or "its failed.json gives no reason")
+
+
+def _require_format(folder: Path, what: str, found: int, known: int) -> None:
+    if found > known:
         raise EchelonError(
             f"run {folder}: its {what} has format {found}, this Echelon reads up to {known}: use a newer Echelon, or "
             f"move the folder away to do the run anew"
@@ -229,35 +306,27 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
     runs = []
     for run in study.runs():
         where = folder / "runs" / run.id
-        state = _state_of(where)
+        state, kept = _kept(where)
         cell = {k: getattr(run, k) for k in ("id", "method", "environment", "size", "agents", "seed")}
         entry: dict[str, Any] = {**cell, "steps": run.config.steps, "status": state or "pending", "reason": None}
         if state == "finished":
-            entry |= read_json(where / "result.json", "run's result")
-            del entry["format"]
+            entry |= {k: v for k, v in kept.items() if k != "format"}
         elif state == "failed":
-            entry["reason"] = read_json(where / "failed.json", "failed run")["reason"]
+            entry["reason"] = _reason(kept)
         runs.append(entry)
-    told = {k: v for k, v in asdict(study).items() if k not in ("settings", "imports", "record")}
-    # As they are read again from a file: lists, no tuples.
-    return dict(json.loads(json.dumps({"format": FORMAT, "study": told, "machine": _machine(), "runs": runs})))
+    told = {k: v for k, v in asdict(study).items() if k not in ("imports", "record")}
+    results = {"format": FORMAT, "study": told, "machine": _machine(), "runs": runs}
+    # As they are read again from a file: lists, no tuples; a Python program's settings may hold paths.
+    return dict(json.loads(json.dumps(results, default=str)))
 
 
 def _machine() -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "system": platform.platform(),
-        "versions": {"echelon": echelon.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def replays_of(study: Study, folder: Path) -> dict[str, Path]:

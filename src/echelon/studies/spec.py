@@ -31,7 +31,8 @@ class StudyRun:
 
     Attributes:
         id: its name and its folder's: `<environment>-s<size>-a<agents>-<method>-seed<seed>-<hash>`, where the hash is
-            of everything that decides its result. The same run has the same id in every study.
+            of all its settings and the protocol. The same run has the same id in every study. Code (Echelon's, that of
+            imported files) and a language model's weights aren't in it: its result says by what it was made.
         config: the run.
         environment, size, agents, method, seed: where it stands in the matrix.
         record: how many episodes to record for a replay.
@@ -115,6 +116,12 @@ class Study:
             for name in self.settings.get(table, {}):
                 if name not in names:
                     raise unknown_name(f"name in [{table}] of study {self.name}", name, names)
+        for name, table_of in self.settings.get("method", {}).items():
+            if "env" in table_of:
+                raise EchelonError(
+                    f"study {self.name}: env can't be in [method.{name}]: methods are compared in the same worlds, "
+                    f"which [run.env] and [env.<name>] describe"
+                )
         runs = [
             self._run(environment, size, agents, name, seed)
             for seed in self.seeds
@@ -137,7 +144,7 @@ class Study:
         data = _merged(self.settings.get("run", {}), self.settings.get("method", {}).get(name, {}))
         own = data.pop("env", {})
         if not _is_table(own):
-            raise EchelonError(f"study {self.name}: env must be a table, [run.env] or [method.{name}.env]")
+            raise EchelonError(f"study {self.name}: env must be a table, [run.env]")
         env = {**self.settings.get("env", {}).get(environment, {}), **own}
         for key in ("method", "environment", "seed", "steps", "threads"):
             if key in data:
@@ -241,7 +248,7 @@ def _table_lines(name: str, table: Mapping[str, Any]) -> list[str]:
     found = [f"\n[{name}]", *lines] if lines else []
     for key, value in table.items():
         if _is_table(value):
-            # Names of a user's own methods and environments may be anything.
+            # Names of a user's own environments may be anything.
             bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
             found += _table_lines(f"{name}.{key if bare else toml_line('', key).removeprefix(' = ')}", value)
     return found

@@ -11,24 +11,33 @@ import dataclasses
 import errno
 import json
 import os
+import platform
+import shutil
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+import echelon
 from echelon._files import atomic_write_json, explain_os_error, only_writer, read_json, remove_leftovers
 from echelon.building import forget_answers
+from echelon.checkpoints import checkpoints_of
 from echelon.configs import from_toml, to_toml
 from echelon.errors import BusyError, EchelonError, StorageError
 from echelon.evaluation.protocol import Protocol, run_by_protocol
 from echelon.studies.spec import Study, StudyRun, import_modules
 
-__all__ = ["FORMAT", "execute", "job_of", "read_progress"]
+__all__ = ["FORMAT", "execute", "forget_progress", "job_of", "processor", "read_progress", "versions"]
 
 FORMAT = 1
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # no fault of a run's
-_BUSY_FOR = 60.0  # seconds: an orphan of a killed study leaves its run after its next update
+# Seconds to wait for a run's folder: an orphan of a killed study leaves it after its next update. A network file
+# system keeps the hold of a node that died for longer (90 s is common), so that the run must be begun again.
+_BUSY_FOR = 60.0
 
 
 def job_of(study: Study, run: StudyRun, folder: Path, stop: Path) -> dict[str, Any]:
@@ -57,8 +66,8 @@ def execute(job: dict[str, Any], orphaned: Callable[[], bool] = lambda: False) -
     """Do a job; how it went: `status` and `reason`.
 
     "finished": `result.json` is there. "failed": the run itself can't be done, and `failed.json` says why.
-    "stopped": it was told to stop, and goes on from its checkpoint next time. "storage": the disk or folder can't be
-    written, which is no fault of the run's.
+    "stopped": it was told to stop, and goes on from its checkpoint next time. "busy": another process holds the run's
+    folder still after a while. "storage": the disk or folder can't be written, which is no fault of the run's.
 
     Args:
         job: see `job_of`.
@@ -77,7 +86,7 @@ def execute(job: dict[str, Any], orphaned: Callable[[], bool] = lambda: False) -
             if should_stop():
                 return {"status": "stopped", "reason": None}
             if time.monotonic() - began > _BUSY_FOR:
-                return {"status": "storage", "reason": str(error)}
+                return {"status": "busy", "reason": str(error)}
             time.sleep(0.5)
         except StorageError as error:
             return {"status": "storage", "reason": str(error)}
@@ -112,9 +121,13 @@ def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool])
         if found is None:
             return {"status": "stopped", "reason": None}
         result = {"format": FORMAT, "id": job["id"], **job["cell"], "steps": run.steps, "status": "finished"}
-        atomic_write_json(folder / "result.json", {**result, "reason": None, **found})
+        made_by = {"versions": versions(), "processor": processor()}
+        atomic_write_json(folder / "result.json", {**result, "reason": None, **found, **made_by})
         with contextlib.suppress(OSError):
             (folder / "failed.json").unlink(missing_ok=True)
+        # The older ones were for a crash; with its replay memory one may take 100 MB.
+        for old in checkpoints_of(folder / "checkpoints")[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
     return {"status": "finished", "reason": None, "seconds": time.time() - start}
 
 
@@ -145,10 +158,37 @@ class _Progress:
             part.replace(self._path)
 
 
+def forget_progress(folder: Path) -> None:
+    """Remove what an earlier attempt at the run in `folder`, which was killed, said of itself."""
+    for pattern in ("progress.json", "progress.*.part"):
+        for old in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                old.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """By what results are made here: Echelon, Python, torch and numpy."""
+    return {
+        "echelon": echelon.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def processor() -> str:
+    """This machine's processor, in its maker's words."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """Where the run in `folder` says it is (`stage`, `done`, `total`, `info`), or None."""
     with contextlib.suppress(EchelonError, OSError):
         told = read_json(folder / "progress.json", "progress")
-        if isinstance(told, dict):
+        if isinstance(told, dict) and {"stage", "done", "total", "info"} <= set(told):
             return told
     return None
