@@ -19,7 +19,7 @@ from scipy import stats
 from echelon.errors import EchelonError
 from echelon.evaluation import Interval, wilson
 from echelon.evaluation.exports import latex_escape, latex_tables, marl_eval, write_csv, write_latex
-from echelon.studies.analysis import analyse
+from echelon.studies.analysis import _common_places, analyse
 from echelon.studies.claims import verdict
 from study_data import METHODS, synthetic_results
 
@@ -86,6 +86,8 @@ def test_every_interval_holds_its_estimate(analysis: Json) -> None:
     found = intervals(analysis)
     assert len(found) > 200
     for interval in found:
+        if interval["low"] is interval["high"] is None:  # over runs, of a single one
+            continue
         assert interval["low"] <= interval["value"] <= interval["high"]
     for lines in analysis["profiles"][0]["methods"].values():
         assert len(lines["value"]) == 51
@@ -179,13 +181,18 @@ def test_a_cell_s_numbers_are_those_of_its_runs(results: Json, analysis: Json) -
     assert cell["planner_ms_per_episode"] == pytest.approx(60)
 
 
-def test_one_run_and_runs_that_agree_have_the_episodes_interval() -> None:
+def test_a_rate_s_interval_is_never_narrower_than_that_of_its_episodes() -> None:
     one = cell_of(analyse(small(seeds=(0,)), resamples=FEW), "l2m2", 20)
     assert one["tsr"] == one["tsr_pooled"]
     results = small(levels={"l2m2": 1.0}, seeds=(0, 1, 2))
     sure = cell_of(analyse(results, resamples=FEW), "l2m2", 20)
     assert sure["tsr"]["value"] == sure["tsr"]["high"] == 1.0
     assert 0.98 < sure["tsr"]["low"] == wilson(300, 300).low
+    for wins, wide in (((50, 50, 51), False), ((20, 50, 90), True)):
+        for run, won in zip((r for r in results["runs"] if r["method"] == "l2m2"), wins, strict=True):
+            run["last"] |= {"success": [1] * won + [0] * (100 - won), "tsr": won / 100}
+        tsr, noise = cell_of(analyse(results), "l2m2", 20)["tsr"], wilson(sum(wins), 300)
+        assert (tsr["low"], tsr["high"]) == pytest.approx((0.2, 0.9) if wide else (noise.low, noise.high))
 
 
 def test_methods_that_learn_nothing_have_no_curve_and_no_convergence(analysis: Json) -> None:
@@ -220,6 +227,55 @@ def test_a_method_that_never_converges_counts_to_the_horizon(analysis: Json) -> 
     assert ("flat-mappo", "qmix") not in tests or ("qmix", "flat-mappo") not in tests
 
 
+# Aggregates ------------------------------------------------------------------------------------------------------
+
+
+def test_aggregates_are_over_the_places_that_all_methods_share() -> None:
+    # QMIX lacks the hardest map: over its own places it would look the better for it.
+    results = small(methods=("l2m2", "flat-mappo", "qmix"), sizes=(10, 20, 50), seeds=(0, 1),
+                    pending=[("qmix", 50, 0), ("qmix", 50, 1)])  # fmt: skip
+    analysis = analyse(results, resamples=FEW)
+    (common,) = analysis["common"]
+    assert [p["size"] for p in common["places"]] == [10, 20]
+    assert common["methods"] == ["l2m2", "flat-mappo", "qmix"]
+    assert common["words"] == ["50×50 with 4 agents is left out: qmix has no finished run there."]
+    for entry in analysis["aggregates"]:
+        rates = [cell_of(analysis, entry["method"], size)["tsr"]["value"] for size in (10, 20)]
+        assert entry["mean"]["value"] == pytest.approx(np.mean(rates))
+        assert len(entry["runs"]) == 4
+
+
+def test_a_method_that_lacks_most_places_is_left_out_of_aggregates_by_name() -> None:
+    pending = [("qmix", size, s) for size in (20, 50) for s in (0, 1)]
+    results = small(methods=("l2m2", "flat-mappo", "qmix"), sizes=(10, 20, 50), seeds=(0, 1), pending=pending)
+    analysis = analyse(results, resamples=FEW)
+    (common,) = analysis["common"]
+    assert [p["size"] for p in common["places"]] == [10, 20, 50]
+    assert common["words"] == [
+        "qmix is left out: it has no finished run at 20×20 with 4 agents and 50×50 with 4 agents."
+    ]
+    qmix = analysis["aggregates"][2]
+    assert (qmix["method"], qmix["iqm"], qmix["runs"]) == ("qmix", None, [])
+    assert set(analysis["profiles"][0]["methods"]) == {"l2m2", "flat-mappo"}
+
+
+@given(st.sets(st.tuples(st.sampled_from(METHODS[:4]), st.sampled_from((10, 20, 50))), max_size=11))
+def test_common_places_are_complete_and_nothing_goes_without_need(missing: set[tuple[str, int]]) -> None:
+    runs = [
+        {"environment": "warehouse", "size": size, "agents": 4, "method": m}
+        for m in METHODS[:4]
+        for size in (10, 20, 50)
+        if (m, size) not in missing
+    ]
+    common = _common_places("warehouse", runs, METHODS[:4])
+    sizes = [p["size"] for p in common["places"]]
+    assert sizes and common["methods"]
+    assert not any((m, size) in missing for m in common["methods"] for size in sizes)
+    left_out = {m for m, _ in ((r["method"], r["size"]) for r in runs)} - set(common["methods"])
+    lost = {r["size"] for r in runs} - set(sizes)
+    assert len(common["words"]) == len(left_out) + len(lost)
+
+
 # Tests between methods -------------------------------------------------------------------------------------------
 
 
@@ -242,6 +298,22 @@ def test_pairs_without_spread_between_runs_are_compared_by_their_episodes(analys
     alike = pairs["llm-only", "random-goals"]
     assert (alike["by"], alike["p"], alike["significant"]) == ("fisher", 1.0, False)
     assert pairs["l2m2", "qmix"]["by"] == "games-howell"
+
+
+@pytest.mark.parametrize(("seeds", "tested"), [(3, False), (5, True)])
+def test_runs_that_agree_by_chance_lend_their_episodes_no_p_value(seeds: int, tested: bool) -> None:
+    results = small(seeds=range(seeds))
+    for run in results["runs"]:
+        won = 90 if run["method"] == "l2m2" else 60
+        run["last"] |= {"success": [1] * won + [0] * (100 - won), "tsr": won / 100}
+    (test,) = analyse(results, resamples=FEW)["tests"]
+    (pair,) = test["pairs"]
+    assert (pair["p"] is not None, pair["significant"], pair["by"]) == (tested, tested, "fisher" if tested else None)
+    assert pair["difference"]["low"] < 0.3 < pair["difference"]["high"]
+    if not tested:
+        assert (pair["p_holm"], "agree by chance" in pair["reason"]) == (None, True)
+        assert test["words"][-1].startswith("l2m2 is ahead of flat-mappo by 30.0 points")
+        assert "there is no p-value" in test["words"][-1]
 
 
 def test_anova_and_tukey_where_assumptions_hold() -> None:
@@ -326,14 +398,14 @@ CASES: dict[str, tuple[Json, Json, Json]] = {
         {"pace": ("flat-mappo", 1.55)},
     ),
     "large-maps": (
-        {"levels": {"l2m2": 0.9}},
-        {"levels": {"l2m2": 0.4}},
-        {"levels": {"l2m2": 0.57}, "spread": 0.05},
+        {"levels": {"l2m2": 0.9}, "sizes": (50,)},
+        {"levels": {"l2m2": 0.4}, "sizes": (50,)},
+        {"levels": {"l2m2": 0.62}, "spread": 0.05, "sizes": (50,)},
     ),
     "qmix-large-maps": (
-        {"levels": {"qmix": 0.1}},
-        {"levels": {"qmix": 0.6}},
-        {"levels": {"qmix": 0.3}, "spread": 0.05},
+        {"levels": {"qmix": 0.1}, "sizes": (50,)},
+        {"levels": {"qmix": 0.6}, "sizes": (50,)},
+        {"levels": {"qmix": 0.3}, "spread": 0.05, "sizes": (50,)},
     ),
     "random-fails": (
         {"levels": {"random-goals": 0.0}},
@@ -439,11 +511,93 @@ def test_censored_runs_keep_a_speed_from_a_verdict_they_could_overturn(late: str
     assert bound in found["why"]
 
 
-def test_the_largest_map_is_the_largest_that_was_run() -> None:
-    results = small(sizes=(10, 20, 50), pending=[("l2m2", 50, s) for s in range(4)])
-    found = claim(analyse(results, resamples=FEW), "large-maps")
-    assert found["ours"].endswith("at 20×20")
-    assert all("-s20-" in run for run in found["runs"])
+@pytest.mark.parametrize("sizes", [(10, 20), (10, 100)])
+def test_the_paper_s_largest_map_is_judged_by_no_other_size(sizes: tuple[int, ...]) -> None:
+    results = small(methods=("l2m2", "qmix"), sizes=(*sizes, 50), levels={"l2m2": 0.95, "qmix": 0.0})
+    assert claim(analyse(results, resamples=FEW), "large-maps")["verdict"] == "reproduced"
+    for run in results["runs"]:
+        run["status"] = "pending" if run["size"] == 50 else run["status"]
+    analysis = analyse(results, resamples=FEW)
+    for name in ("large-maps", "qmix-large-maps"):
+        found, size = claim(analysis, name), max(sizes)
+        assert found["ours"].endswith(f"at {size}×{size}")
+        assert all(f"-s{size}-" in run for run in found["runs"])
+        assert found["verdict"] == "inconclusive"
+        assert found["why"] == f"the paper's number is of 50×50; the largest finished here is {size}×{size}"
+
+
+@pytest.mark.parametrize(
+    ("name", "learns"),
+    [("large-maps", True), ("qmix-large-maps", True), ("random-fails", True), ("llm-only-fails", False)],
+)
+def test_one_run_of_a_method_that_learns_decides_nothing(name: str, learns: bool) -> None:
+    levels = {"l2m2": 0.99, "qmix": 0.0, "random-goals": 0.0, "llm-only": 0.0}
+    results = small(methods=METHODS, sizes=(50,), seeds=(0,), levels=levels)
+    found = claim(analyse(results, resamples=FEW), name)
+    assert found["verdict"] == ("inconclusive" if learns else "reproduced")
+    assert ("one run" in found["why"]) == learns
+    assert found["value"] is not None
+    # A second run lets it be judged; one more place with one run keeps the whole from it.
+    results = small(methods=METHODS, sizes=(10, 50), seeds=range(4), levels=levels)
+    assert claim(analyse(results, resamples=FEW), name)["verdict"] == "reproduced"
+    for run in results["runs"]:
+        run["status"] = "pending" if run["size"] == 10 and run["seed"] else run["status"]
+    found = claim(analyse(results, resamples=FEW), name)
+    assert found["verdict"] == ("inconclusive" if name == "random-fails" else "reproduced")
+
+
+def test_one_place_where_random_goals_succeed_is_enough_against_them() -> None:
+    failed = [("random-goals", 20, s) for s in range(1, 4)]
+    results = small(methods=("random-goals",), sizes=(10, 20), levels={"random-goals": 0.6}, failed=failed)
+    assert claim(analyse(results, resamples=FEW), "random-fails")["verdict"] == "not reproduced"
+
+
+def test_two_methods_that_always_succeed_differ_by_about_nothing() -> None:
+    results = small(methods=("l2m2", "flat-mappo", "rule-goals"), seeds=range(3), final_episodes=320,
+                    levels={"l2m2": 1.0, "flat-mappo": 1.0, "rule-goals": 1.0})  # fmt: skip
+    analysis = analyse(results, resamples=FEW)
+    gain = claim(analysis, "tsr-gain")
+    assert gain["verdict"] == "not reproduced"
+    assert -0.02 < gain["value"]["low"] < 0 == gain["value"]["value"] < gain["value"]["high"] < 0.02
+    assert "can't tell them apart" in claim(analysis, "hierarchy")["why"]
+
+
+def test_verdicts_are_by_t_and_no_narrower_than_the_episodes() -> None:
+    results = small(methods=("l2m2", "flat-mappo"), seeds=range(3), levels={"l2m2": 0.9, "flat-mappo": 0.6})
+    for run, wins in zip(results["runs"], (98, 94, 80, 50, 70, 65), strict=True):
+        run["last"] |= {"success": [1] * wins + [0] * (100 - wins), "tsr": wins / 100}
+    value = claim(analyse(results, resamples=FEW), "tsr-gain")["value"]
+    a, b = np.array([0.98, 0.94, 0.8]), np.array([0.5, 0.7, 0.65])
+    va, vb = a.var(ddof=1) / 3 / a.mean() ** 2, b.var(ddof=1) / 3 / b.mean() ** 2
+    half = stats.t.ppf(0.975, (va + vb) ** 2 / (va**2 / 2 + vb**2 / 2)) * np.sqrt(va + vb)
+    ratio = a.mean() / b.mean()
+    # The runs of each scatter more than their 300 episodes do by chance.
+    assert value["low"] == pytest.approx(ratio * np.exp(-half) - 1)
+    assert value["high"] == pytest.approx(ratio * np.exp(half) - 1)
+
+
+def test_a_speed_that_hangs_on_when_runs_were_judged_is_left_open() -> None:
+    results = small(seeds=range(6))
+    for run in results["runs"]:
+        # All runs of a method between the same two evaluations: the true ratio is anything from 1.25 to 2.
+        start = 6 if run["method"] == "flat-mappo" else 4
+        for i, evaluation in enumerate(run["evaluations"]):
+            evaluation["tsr"] = 0.9 if i >= start else 0.0
+    found = claim(analyse(results, resamples=FEW), "convergence-speed")
+    assert found["value"]["low"] < 1.6 < found["value"]["high"]
+    assert found["value"]["value"] == pytest.approx((4.5 + 1) / (2.5 + 1), rel=0.35)
+    assert found["verdict"] == "inconclusive"
+    assert "judged every 100,000 steps" in found["why"]
+
+
+def test_no_time_is_longer_than_the_study_s_steps() -> None:
+    results = small(methods=("qmix", "flat-mappo"), levels={"qmix": 0.2, "flat-mappo": 0.2})
+    for run in results["runs"]:
+        rollout = 8192 if run["method"] == "qmix" else 4096
+        for evaluation in run["evaluations"]:
+            evaluation["step"] = -(-evaluation["step"] // rollout) * rollout
+    (place,) = analyse(results, resamples=FEW)["survival"]
+    assert [m["times"] for m in place["methods"]] == [[2_000_000.0] * 4] * 2
 
 
 def test_random_goals_must_fail_everywhere() -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_every_section_every_run_and_every_number_leads_to_its_runs(whole: tuple
             anchor = f"cell-{cell['environment']}-s{cell['size']}-a{cell['agents']}-{cell['method']}"
             assert len(page.of("a", href=f"#{anchor}")) >= 5
     for claim in analysis["claims"]:
-        assert claim["claim"] in page.words and claim["why"] in page.words
+        assert (claim["claim"] in page.words) == bool(claim["runs"])
+        assert claim["why"] in page.words or not claim["runs"]
         assert all(page.of("a", href=f"#run-{run_id}") for run_id in claim["runs"])
     assert "training diverged at step 666,666" in page.words
 
@@ -251,12 +253,90 @@ def test_how_to_reproduce_names_the_preset_or_the_file() -> None:
         assert command in page.words and "Forty trials <each>." in page.words
 
 
-def test_verdicts_from_few_runs_are_called_provisional() -> None:
+def test_verdicts_from_few_runs_are_called_open() -> None:
     few, many = (
         Page(render_report(*small(methods=("l2m2", "flat-mappo"), seeds=tuple(range(n))))).words for n in (3, 6)
     )
-    assert "From as few as 3 runs" in few
-    assert "provisional" not in many
+    assert "With as few as 3 runs" in few and "Student's or Welch's over runs" in few
+    assert "With as few" not in many
+
+
+def test_claims_of_what_is_not_in_the_study_are_not_shown() -> None:
+    results, analysis = small(methods=("flat-mappo", "qmix"), seeds=(0, 1))
+    page = check(render_report(results, analysis))
+    shown = {a["id"] for tag, a in page.elements if tag == "tr" and a.get("id", "").startswith("claim-")}
+    assert shown == {"claim-qmix-large-maps"} and "1 claim: 1 inconclusive" in page.words
+    page = check(render_report(*small(methods=("flat-ippo",), seeds=(0, 1))))
+    assert "This study was not asked about the paper's claims." in page.words and page.of("table", role="table") == []
+    pending = check(render_report(*small(methods=("l2m2",), seeds=(0,), pending=(("l2m2", 10, 0),))))
+    assert "No run that the paper's claims speak of is finished yet." in pending.words
+
+
+def test_settings_and_the_language_model_s_share_are_said() -> None:
+    results, analysis = small(methods=("l2m2", "flat-mappo"), seeds=(0, 1))
+    plain = check(render_report(results, analysis)).words
+    assert "sets otherwise" not in plain and "language model planned" not in plain
+    results["study"]["settings"] = {}
+    assert "All settings are Echelon's own." in check(render_report(results, analysis)).words
+    results["study"]["settings"] = {
+        "run": {"algorithm": {"lr": 0.001}},
+        "env": {"warehouse": {"layout": "<aisles>"}},
+        "method": {"l2m2": {"llm_share": 0.125}},
+    }
+    text = render_report(results, analysis)
+    words = check(text).words
+    assert "every runalgorithm.lr0.001" in words and 'runs in warehouselayout"<aisles>"' in words
+    share = "l2m2: its language model planned 12.5% of the training worlds, “nearest” the others"
+    # Once for the section, and beside each claim that l2m2's runs decide.
+    assert words.count(share) == 1 + sum(any("l2m2" in run for run in c["runs"]) for c in analysis["claims"]) == 4
+    assert "by a habit and not by judgement" in words and "docs/planners.md" in words
+    results["study"]["settings"]["method"]["l2m2"] = {"llm_share": 1.0}
+    assert "planned 100% of the training worlds." in check(render_report(results, analysis)).words
+
+
+def test_runs_that_were_not_made_alike_are_named() -> None:
+    results, analysis = small(methods=("l2m2", "flat-mappo"), seeds=(0, 1))
+    for run in results["runs"]:
+        run |= {"versions": {"torch": "2.6.0", "numpy": "2.0"}, "processor": "one", "precision": "highest"}
+    assert "Not all runs were made alike" not in check(render_report(results, analysis)).words
+    results["runs"][1] |= {"versions": {"torch": "2.7.0", "numpy": "2.0"}, "processor": "<another>"}
+    del results["runs"][2]["versions"]  # made by an older Echelon: unknown is no difference
+    words = check(render_report(results, analysis)).words
+    assert "torch 2.6.0: 2 runs" in words and "torch 2.7.0: 1 run" in words
+    assert "processor <another>: 1 run" in words and "numpy 2.0:" not in words and "precision highest" not in words
+
+
+def test_numbers_over_map_sizes_say_of_which_places_and_of_whom() -> None:
+    results = synthetic_results(
+        methods=("l2m2", "flat-mappo", "qmix"), sizes=(10, 20, 30), seeds=(0, 1), final_episodes=16, every=500_000,
+        failed=(("qmix", 20, 0), ("qmix", 20, 1)), pending=(),
+    )  # fmt: skip
+    words = check(render_report(results, analyse(results))).words
+    assert "over 10×10 with 4 agents and 30×30 with 4 agents, where each of these methods has finished runs." in words
+    assert "20×20 with 4 agents is left out: qmix has no finished run there." in words
+
+
+def test_a_difference_that_few_runs_cannot_test_has_no_verdict() -> None:
+    results, _ = small(methods=("l2m2", "flat-mappo"), seeds=(0, 1))
+    for run in results["runs"]:
+        won = 12 if run["method"] == "l2m2" else 4
+        run["last"] |= {"success": [1] * won + [0] * (16 - won), "tsr": won / 16}
+    words = check(render_report(results, analyse(results))).words
+    assert "? +50.0" in words and "▲ +" not in words and "there is no p-value" in words
+
+
+def test_nearly_all_is_not_said_to_be_all() -> None:
+    results, analysis = small(methods=("classical",), seeds=(0,))
+    analysis["cells"][0]["tsr"]["value"] = 0.9969
+    words = check(render_report(results, analysis)).words
+    assert "99.7% of episodes with classical" in words and "100% of episodes" not in words
+
+
+def test_one_run_has_no_interval_over_runs() -> None:
+    results, analysis = small(methods=("l2m2",), seeds=(0,))
+    assert analysis["cells"][0]["makespan"]["low"] is None
+    text = render_report(results, analysis)
+    assert f"<b>{analysis['cells'][0]['makespan']['value']:.1f}</b></a>" in text
 
 
 @pytest.mark.parametrize("broken", [0, 1])
@@ -424,9 +504,41 @@ def test_a_line_does_not_lead_over_a_size_that_was_not_measured() -> None:
 
 def test_runs_that_never_converge_hold_the_line_up() -> None:
     # Two of four at 10 and 30; one censored at 20 leaves two at risk at 30: 1 · 3/4 · 1/2.
-    x, y = measured._not_yet([10, 20, 30, 100], [True, False, True, False], 100.0)
-    assert x == (0.0, 10.0, 30.0, 100.0) and y == pytest.approx((1.0, 0.75, 0.375, 0.375))
-    assert measured._not_yet([100, 100], [False, False], 100.0) == ((0.0, 100.0), (1.0, 1.0))
+    results, analysis = small(methods=("l2m2",), seeds=(0, 1, 2, 3))
+    (place,) = analysis["survival"]
+    place["horizon"] = 100
+    for times, events, share in (
+        ([10, 20, 30, 100], [True, False, True, False], {10: 0.75, 20: 0.75, 30: 0.375, 100: 0.375}),
+        ([100] * 4, [False] * 4, {100: 1.0}),
+    ):
+        place["methods"][0] |= {"times": times, "converged": events}
+        (plot,) = next(
+            f for f in measured.learning(measured.Study(results, analysis)).figures if f.name == "survival"
+        ).panels
+        assert isinstance(plot, Plot) and plot.stairs
+        series = plot.series[0]
+        assert (series.x[0], series.y[0], series.x[-1]) == (0.0, 1.0, 100.0)
+        assert dict(zip(series.x[1:], series.y[1:], strict=True)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_figures_have_room_for_their_legends_and_notes(count: int) -> None:
+    results = synthetic_results(
+        methods=METHODS[:count], sizes=(10,), seeds=(0, 1), final_episodes=16, every=500_000, pending=(),
+        failed=tuple((m, 10, 0) for m in METHODS[:count]),
+    )  # fmt: skip
+    about = measured.Study(results, analyse(results))
+    made = [f for s in (measured.success_rates(about), measured.learning(about)) for f in s.figures]
+    assert len(made) >= 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "constrained_layout not applied because axes sizes collapsed to zero"
+        for figure in made:
+            root = ET.fromstring(figures.figure_svg(figure))
+            width, height = (float(root.attrib[k].removesuffix("pt")) for k in ("width", "height"))
+            assert width < 450 and height < 450
+            canvas = figures._draw(figure)
+            canvas.draw_without_rendering()
+            assert min(canvas.axes[0].get_position().size) > 0.35
 
 
 def test_a_path_map_has_the_ways_and_the_subgoals() -> None:

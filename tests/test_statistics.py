@@ -33,15 +33,22 @@ from echelon.evaluation.hypothesis_tests import (
 )
 from echelon.evaluation.statistics import (
     Interval,
+    RunMean,
+    difference_of_means,
     difference_of_rates,
+    episode_noise,
+    interval_of_mean,
     iqm,
     mean_score,
     median_score,
     optimality_gap,
     performance_profile,
     probability_of_improvement,
+    ratio_of_means,
     resample,
+    run_mean,
     stratified_bootstrap,
+    wider,
     wilson,
 )
 
@@ -186,6 +193,74 @@ def test_difference_of_rates_holds_its_estimate_and_turns_round(wa: int, na: int
     assert -1 <= one.low <= one.high <= 1
     assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
     assert wilson(wa, na).value - wilson(wb, nb).value == one.value
+
+
+# Few runs --------------------------------------------------------------------------------------------------------
+
+
+def test_one_task_s_intervals_are_student_s_and_welch_s() -> None:
+    a, b = [0.7, 0.9, 0.85, 0.6], [0.3, 0.5, 0.45]
+    mean = interval_of_mean(run_mean([a]))
+    assert (mean.low, mean.high) == pytest.approx(stats.t.interval(0.95, 3, np.mean(a), stats.sem(a)))
+    gap, expected = difference_of_means(run_mean([a]), run_mean([b])), stats.ttest_ind(a, b, equal_var=False)
+    assert (gap.low, gap.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert gap.value == pytest.approx(np.mean(a) - np.mean(b))
+
+
+def test_tasks_are_strata() -> None:
+    # Tasks that differ much and whose runs don't: what lies between tasks is no error.
+    a = run_mean([[0.1, 0.2], [0.9, 0.8, 0.7]])
+    assert a.value == pytest.approx((0.15 + 0.8) / 2)
+    assert a.variance == pytest.approx((0.005 / 2 + 0.01 / 3) / 4)
+    assert a.spare == pytest.approx(((0.005 / 2) ** 2 / 1 + (0.01 / 3) ** 2 / 2) / 16)
+
+
+def test_runs_that_agree_have_the_noise_of_their_episodes() -> None:
+    noise = episode_noise(300, 300)
+    assert np.sqrt(noise) * stats.norm.ppf(0.975) == pytest.approx(1 - wilson(300, 300).low)
+    sure, half = run_mean([[1.0, 1.0, 1.0]], [noise]), run_mean([[0.5, 0.5, 0.5]], [episode_noise(150, 300)])
+    for one in (interval_of_mean(sure), difference_of_means(sure, sure), ratio_of_means(sure, sure)):
+        assert one is not None
+        assert one.low < one.value < one.high
+        assert one.high - one.low < 0.12
+    gap = difference_of_means(sure, half)
+    assert gap.low < 0.5 - (wilson(150, 300).high - 0.5)
+    # Noise is a floor: runs that scatter more already hold it.
+    assert run_mean([[0.2, 0.9]], [0.001]).variance == run_mean([[0.2, 0.9]]).variance
+    assert run_mean([[0.4]], [0.001]) == RunMean(0.4, 0.001, 0.0)
+
+
+def test_a_ratio_turns_round_and_needs_two_positive_means() -> None:
+    a, b = run_mean([[0.8, 0.9, 0.7]]), run_mean([[0.3, 0.4, 0.5]])
+    there, back = ratio_of_means(a, b), ratio_of_means(b, a)
+    assert there is not None and back is not None
+    assert (there.value, there.low, there.high) == pytest.approx((2.0, 1 / back.high, 1 / back.low))
+    zero = run_mean([[0.0, 0.0]])
+    assert ratio_of_means(a, zero) is None and ratio_of_means(zero, a) is None
+    for scores in ([], [[]], [[1.0], []]):
+        with pytest.raises(ValueError, match="at least one"):
+            run_mean(scores)
+
+
+@pytest.mark.parametrize(("tasks", "spread"), [(1, 0.0), (1, 0.05), (3, 0.0), (3, 0.05)])
+def test_how_often_the_verdicts_95_percent_hold_the_truth_from_three_runs(tasks: int, spread: float) -> None:
+    """As the docstring of `run_mean` says; the bootstrap's would fall below every one of these bounds."""
+    rng, held = np.random.default_rng(tasks), np.zeros(3)
+    for _ in range(400):
+        sides = []
+        for rate in (0.84, 0.7):
+            true = np.clip(rng.normal(rate, spread, (tasks, 3)), 0, 1)
+            won = rng.binomial(320, true)
+            sides.append(run_mean(list(won / 320), [episode_noise(int(w.sum()), 960) for w in won]))
+        one, gap, ratio = interval_of_mean(sides[0]), difference_of_means(*sides), ratio_of_means(*sides)
+        assert ratio is not None
+        truths = ((one, 0.84), (gap, 0.14), (ratio, 0.84 / 0.7))
+        held += [x.low <= truth <= x.high for x, truth in truths]
+    assert (held / 400 >= 0.93).all(), held / 400
+
+
+def test_the_wider_of_two_intervals_at_each_end() -> None:
+    assert wider(Interval(0.5, 0.4, 0.9), Interval(0.5, 0.45, 0.95)) == Interval(0.5, 0.4, 0.95)
 
 
 # Tests between groups --------------------------------------------------------------------------------------------

@@ -36,14 +36,22 @@ class Convergence:
     """When a run converged.
 
     Attributes:
-        step: environment steps until convergence, or the horizon where the run didn't converge.
+        step: environment steps of the evaluation at which the run had converged, or the horizon where it didn't.
         converged: False where `step` is a censoring time.
         level: the final success rate, mean of the last evaluations.
+        after: steps of the evaluation before, at which it had not: it converged somewhere between the two. 0 where it
+            had converged at the first one; the horizon where it didn't converge.
     """
 
     step: float
     converged: bool
     level: float
+    after: float
+
+    @property
+    def time(self) -> float:
+        """The middle between the two evaluations; or the horizon, where the run didn't converge."""
+        return (self.after + self.step) / 2
 
 
 def smoothing_window(evaluations: int) -> int:
@@ -89,8 +97,8 @@ def convergence_time(
     outside = np.flatnonzero(np.abs(_moving_average(y, window) - level) > tolerance + 1e-12)
     first = int(outside[-1]) + 1 if outside.size else 0
     if level <= floor or first > max(0, len(x) - last):
-        return Convergence(float(x[-1]), False, level)
-    return Convergence(float(x[first]), True, level)
+        return Convergence(float(x[-1]), False, level, float(x[-1]))
+    return Convergence(float(x[first]), True, level, float(x[first - 1]) if first else 0.0)
 
 
 def area_under_curve(steps: ArrayLike, tsr: ArrayLike) -> float:

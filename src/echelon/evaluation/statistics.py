@@ -17,7 +17,11 @@ from scipy import stats
 
 __all__ = [
     "Interval",
+    "RunMean",
+    "difference_of_means",
     "difference_of_rates",
+    "episode_noise",
+    "interval_of_mean",
     "iqm",
     "mean_interval",
     "mean_score",
@@ -25,8 +29,11 @@ __all__ = [
     "optimality_gap",
     "performance_profile",
     "probability_of_improvement",
+    "ratio_of_means",
     "resample",
+    "run_mean",
     "stratified_bootstrap",
+    "wider",
     "wilson",
 ]
 
@@ -82,6 +89,105 @@ def mean_interval(values: ArrayLike | Sequence[float], *, confidence: float = 0.
         return Interval(mean, mean, mean)
     half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
     return Interval(mean, mean - half, mean + half)
+
+
+def wider(a: Interval, b: Interval) -> Interval:
+    """The value of `a`, and of the two intervals the end that is farther out on each side."""
+    return Interval(a.value, min(a.low, b.low), max(a.high, b.high))
+
+
+# Few runs: Student's t over runs, never narrower than the noise inside a run --------------------------------------
+
+
+@dataclass(frozen=True)
+class RunMean:
+    """The mean over tasks of the means of their runs, with what is known of its error.
+
+    Attributes:
+        value: the mean, each task counting the same.
+        variance: the square of its standard error.
+        spare: Satterthwaite's sum of squared variances over their degrees of freedom; 0 where tasks have one run.
+    """
+
+    value: float
+    variance: float
+    spare: float
+
+
+def run_mean(scores: Scores, noise: Sequence[float] | None = None) -> RunMean:
+    """The mean of runs for `interval_of_mean`, `difference_of_means` and `ratio_of_means`.
+
+    Those three judge a study's few runs by Welch's t with Satterthwaite's degrees of freedom over all tasks (Welch
+    1947), the ratio on a logarithmic scale. How often the 95% held the truth in 20,000 simulated comparisons of runs
+    of 320 episodes, whose true rates have a beta distribution of mean 0.3 to 0.98 and standard deviation 0 to 0.1:
+
+        3 runs a side, 1 task:  93.8% to 100%, and 88% where one side's rates crowd below 1 (0.9 +- 0.1)
+        3 runs a side, 3 tasks: 96.0% to 99.5%, and 93%
+        3 runs alone, 1 or 3 tasks: 92.9% to 100%
+
+    (a percentile bootstrap of the same differences: 71% to 84% of 1 task, 78% to 87% of 3). No interval knows of what
+    no run showed: a failure that befalls one training in five is in none of 3 runs half the time.
+
+    Args:
+        scores: `(runs,)` of each task.
+        noise: for each task the variance of its mean that there would be if its runs differed by chance alone
+            (`episode_noise`): no task's variance is taken to be less, so that runs that agree give no interval of zero
+            width. Default: 0.
+
+    Raises:
+        ValueError: no tasks, or a task without runs.
+    """
+    tasks = _arrays(scores)
+    if not tasks or any(not t.size for t in tasks):
+        raise ValueError("a mean needs at least one task, and each task at least one run")
+    errors = [
+        max(floor, float(t.var(ddof=1)) / len(t) if len(t) > 1 else 0.0) / len(tasks) ** 2
+        for t, floor in zip(tasks, noise or [0.0] * len(tasks), strict=True)
+    ]
+    spare = sum(e**2 / (len(t) - 1) for t, e in zip(tasks, errors, strict=True) if len(t) > 1)
+    return RunMean(float(mean_score(tasks)), sum(errors), spare)
+
+
+def episode_noise(successes: int, trials: int) -> float:
+    """The variance of a success rate by the chance of its episodes alone, from Wilson's interval.
+
+    Its farther end counts, so that there is some noise also at 0 and 1.
+
+    Raises:
+        ValueError: no trials, or more successes than trials.
+    """
+    rate = wilson(successes, trials)
+    return float((max(rate.high - rate.value, rate.value - rate.low) / stats.norm.ppf(0.975)) ** 2)
+
+
+def interval_of_mean(a: RunMean, *, confidence: float = 0.95) -> Interval:
+    """A mean of runs with Student's interval; see `run_mean`."""
+    half = _half(a.variance, a.spare, confidence)
+    return Interval(a.value, a.value - half, a.value + half)
+
+
+def difference_of_means(a: RunMean, b: RunMean, *, confidence: float = 0.95) -> Interval:
+    """The difference a - b of two means of runs with Welch's interval; see `run_mean`."""
+    half, value = _half(a.variance + b.variance, a.spare + b.spare, confidence), a.value - b.value
+    return Interval(value, value - half, value + half)
+
+
+def ratio_of_means(a: RunMean, b: RunMean, *, confidence: float = 0.95) -> Interval | None:
+    """The ratio a / b of two means of runs with Welch's interval of its logarithm; see `run_mean`.
+
+    None where one of the means isn't positive.
+    """
+    if a.value <= 0 or b.value <= 0:
+        return None
+    variance = a.variance / a.value**2 + b.variance / b.value**2
+    half, value = _half(variance, a.spare / a.value**4 + b.spare / b.value**4, confidence), a.value / b.value
+    return Interval(value, value * float(np.exp(-half)), value * float(np.exp(half)))
+
+
+def _half(variance: float, spare: float, confidence: float) -> float:
+    """Half the width of a t interval with Satterthwaite's degrees of freedom (none known: the normal one)."""
+    df = variance**2 / spare if spare else np.inf
+    return float(stats.t.ppf((1 + confidence) / 2, df) * np.sqrt(variance))
 
 
 def mean_score(scores: Scores) -> Floats:

@@ -6,6 +6,7 @@ The same figure gives the same bytes (with one version of matplotlib): no date, 
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from typing import Any
 
@@ -91,14 +92,14 @@ def _draw(figure: Figure) -> Canvas:
     rows = -(-len(figure.panels) // columns)
     height = max(map(_inches, figure.panels))
     width = 4.2 if isinstance(figure.panels[0], Forest) else 2.9 if len(figure.panels) > 1 else 3.6
-    canvas = Canvas(figsize=(width * columns, height * rows + 0.45), layout="constrained")
+    across = max(1, min(len(figure.legend), 2 * columns))
+    legend = 0.25 + 0.17 * -(-len(figure.legend) // across)
+    canvas = Canvas(figsize=(width * columns, height * rows + legend), layout="constrained")
     grid = canvas.subplots(rows, columns, squeeze=False)
     axes = [ax for row in grid for ax in row]
     for ax, panel in zip(axes, figure.panels, strict=False):
         # A map's title has a line of its own for what happened.
-        ax.set_title("\n".join((clean(panel.title), *map(clean, panel.notes)) if isinstance(panel, PathMap) else (
-            clean(panel.title),
-        )))  # fmt: skip
+        ax.set_title("\n".join([clean(panel.title), *(_wrapped(panel) if isinstance(panel, PathMap) else [])]))
         if isinstance(panel, PathMap):
             _draw_map(ax, panel)
         elif isinstance(panel, Forest):
@@ -106,19 +107,25 @@ def _draw(figure: Figure) -> Canvas:
         else:
             _draw_plot(ax, panel)
         if panel.notes and not isinstance(panel, PathMap):
-            ax.set_xlabel("\n".join((ax.get_xlabel(), *map(clean, panel.notes))), fontsize=7)
+            ax.set_xlabel("\n".join([ax.get_xlabel(), *_wrapped(panel)]), fontsize=7)
     for ax in axes[len(figure.panels) :]:
         ax.set_axis_off()
     if figure.legend:
         handles = [_handle(name, style) for name, style in figure.legend]
-        canvas.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), fontsize=7.5)
+        canvas.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=7.5)
     return canvas
 
 
+def _wrapped(panel: Panel) -> list[str]:
+    """A panel's notes in lines that it has room for."""
+    return [line for note in panel.notes for line in textwrap.wrap(clean(note), 46) or [""]]
+
+
 def _inches(panel: Panel) -> float:
+    notes = 0.13 * len(_wrapped(panel))
     if isinstance(panel, Forest):
-        return 0.7 + 0.22 * len(panel.rows)
-    return 3.2 if isinstance(panel, PathMap) else 2.3
+        return 0.9 + 0.22 * len(panel.rows) + notes
+    return (3.2 if isinstance(panel, PathMap) else 2.3) + notes
 
 
 def _handle(name: str, style: Style) -> Line2D:
@@ -197,7 +204,8 @@ def _draw_map(ax: Any, m: PathMap) -> None:
 
     def boxes(cells: list[tuple[float, float, float, float]], colour: str) -> None:
         corners = [((x, y), (x + w, y), (x + w, y + h), (x, y + h)) for x, y, w, h in cells]
-        ax.add_collection(PolyCollection(corners, facecolors=colour, edgecolors="none"))
+        # A thin edge closes the seams between boxes that touch.
+        ax.add_collection(PolyCollection(corners, facecolors=colour, edgecolors=colour, linewidths=0.3))
 
     boxes([(c, r, 1, 1) for r, c in m.zones], "#dcecf7")
     boxes([(c, r, n, 1) for r, c, n in wall_runs(m.walls)], "#59636f")
@@ -208,10 +216,11 @@ def _draw_map(ax: Any, m: PathMap) -> None:
         shift, colour = 0.5 + offset(a, len(m.paths)), AGENT_COLOURS[a % len(AGENT_COLOURS)]
         ax.plot([c + shift for _, c in cells], [r + shift for r, _ in cells], color=colour, linewidth=0.16 * cell,
                 solid_joinstyle="round", alpha=0.9)  # fmt: skip
-        ax.plot([c + 0.5 for _, c in m.subgoals[a]], [r + 0.5 for r, _ in m.subgoals[a]], linestyle="", marker="D",
-                markerfacecolor="none", markeredgecolor=colour, markersize=0.55 * cell,
-                markeredgewidth=0.09 * cell)  # fmt: skip
+        if m.subgoals[a]:  # what is empty and not clipped has no place, and the layout would fail on it
+            ax.plot([c + 0.5 for _, c in m.subgoals[a]], [r + 0.5 for r, _ in m.subgoals[a]], linestyle="", marker="D",
+                    markerfacecolor="none", markeredgecolor=colour, markersize=0.55 * cell,
+                    markeredgewidth=0.09 * cell, clip_on=False)  # fmt: skip
         (r, c), (end_r, end_c) = cells[0], cells[-1]
-        ax.plot(c + shift, r + shift, marker="o", markersize=0.6 * cell, markerfacecolor="white",
+        ax.plot(c + shift, r + shift, marker="o", clip_on=False, markersize=0.6 * cell, markerfacecolor="white",
                 markeredgecolor=colour, markeredgewidth=0.12 * cell)  # fmt: skip
-        ax.plot(end_c + shift, end_r + shift, marker="o", markersize=0.7 * cell, color=colour)
+        ax.plot(end_c + shift, end_r + shift, marker="o", clip_on=False, markersize=0.7 * cell, color=colour)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from echelon.evaluation.convergence import kaplan_meier
 from echelon.reports.charts import TSR_AXIS, Axis, Figure, Panel, Plot, Series, Style, linear_axis, positive_axis
 from echelon.reports.parts import (
     Document,
@@ -24,8 +25,9 @@ from echelon.reports.parts import (
     step_count,
     with_interval,
 )
+from echelon.studies.analysis import model_part, planner_ms
 
-__all__ = ["collisions", "learning", "model_calls", "speed_and_cost", "success_rates"]
+__all__ = ["collisions", "learning", "speed_and_cost", "success_rates"]
 
 
 # ---------------------------------------------------------------- success rates
@@ -254,6 +256,12 @@ def _convergence(study: Study, section: Section) -> None:
         "A run has converged at the first step after which its smoothed success rate stays close to its final level, "
         "if that level is above a floor. A run that never does counts with the whole of its training "
         "(it is censored there, never dropped), so a mean with such runs in it is a lower bound."
+        + (
+            f" Evaluations lie up to {step_count(grid)} steps apart, so a time is known no better than that; it is "
+            "counted in the middle between two of them, and no interval is narrower."
+            if (grid := max(s.get("grid") or 0 for s in survival.values()))
+            else ""
+        )
     )
     panels, present = [], set()
     for world in study.worlds:
@@ -264,7 +272,8 @@ def _convergence(study: Study, section: Section) -> None:
         series = []
         for entry in found["methods"]:
             if entry.get("times") and entry["method"] in study.styles:
-                x, y = _not_yet(entry["times"], entry["converged"], horizon)
+                times, share = kaplan_meier(entry["times"], entry["converged"])
+                x, y = (0.0, *map(float, times), horizon), (1.0, *map(float, share), float(share[-1]))
                 series.append(Series(entry["method"], study.styles[entry["method"]], x, y))
         if series:
             axis = Axis("still learning", 0.0, 1.0, TSR_AXIS.ticks)
@@ -305,22 +314,6 @@ def _convergence(study: Study, section: Section) -> None:
         head = ["World", "Methods", "z", "p", "p (Holm)"]
         table = data_table(head, logrank, "Log-rank tests")
         section.body.append(foldable("Log-rank tests: do two methods converge at different times?", table))
-
-
-def _not_yet(
-    times: Sequence[float], converged: Sequence[bool], horizon: float
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Kaplan-Meier's steps: the share of runs that haven't converged, from 0 to the horizon."""
-    x, y = [0.0], [1.0]
-    for time in sorted({float(t) for t, event in zip(times, converged, strict=True) if event}):
-        at_risk = sum(t >= time for t in times)
-        events = sum(event and t == time for t, event in zip(times, converged, strict=True))
-        x.append(time)
-        y.append(y[-1] * (1 - events / at_risk))
-    if x[-1] < horizon:
-        x.append(horizon)
-        y.append(y[-1])
-    return tuple(x), tuple(y)
 
 
 def _efficiency(study: Study, section: Section) -> None:
@@ -374,7 +367,7 @@ def speed_and_cost(study: Study) -> Section:
             "model-calls",
             "Model calls of a run",
             "model calls",
-            mean_and_ends(model_calls),
+            mean_and_ends(model_part),
             "How often a run asks the language model, in training and in its last evaluation; bars go from the "
             "smallest to the largest run. Methods that ask none are left out.",
         ),
@@ -382,7 +375,7 @@ def speed_and_cost(study: Study) -> Section:
             "planner-cost",
             "Planner time of an episode",
             "ms an episode",
-            mean_and_ends(_planner_ms),
+            mean_and_ends(planner_ms),
             "Time that planning takes in an episode of the last evaluation; bars go from the fastest to the slowest "
             "run.",
         ),
@@ -430,21 +423,6 @@ def speed_and_cost(study: Study) -> Section:
     if not section.body:
         section.words("No finished run yet, so there is nothing to show.")
     return section
-
-
-def model_calls(run: Document) -> float:
-    """How often a run asked a language model, in training and in its last evaluation."""
-    return float(run.get("training_model_calls") or 0) + float(_plans(run).get("model_calls") or 0)
-
-
-def _planner_ms(run: Document) -> float | None:
-    seconds, last = _plans(run).get("planner_seconds", _plans(run).get("model_seconds")), run.get("last") or {}
-    return 1000 * seconds / last["episodes"] if seconds and last.get("episodes") else None
-
-
-def _plans(run: Document) -> Document:
-    plans: Document = (run.get("last") or {}).get("plans") or {}
-    return plans
 
 
 # ---------------------------------------------------------------- collisions

@@ -7,11 +7,13 @@ from echelon.reports.parts import (
     Document,
     Section,
     Study,
+    counted,
     data_table,
     decimal,
     esc,
     foldable,
     linked,
+    listed,
     method_label,
     p_text,
     run_links,
@@ -28,7 +30,8 @@ def significance(study: Study) -> Section:
         section.words(
             "In the tables below a row's method is compared with a column's: the difference of their success rates in "
             "points. ▲ (ahead) and ▼ (behind) are differences that chance hardly explains, after correction for the "
-            "number of comparisons in this study; ≈ is one that chance could explain."
+            "number of comparisons in this study; ≈ is one that chance could explain, ? one that so few "
+            "runs can't test."
         )
     for test in tests:
         world = (test["environment"], test["size"], test["agents"])
@@ -57,11 +60,13 @@ def significance(study: Study) -> Section:
 def _who_beats_whom(study: Study, test: Document) -> str:
     """Every pair of methods as a square table: by how many points, and whether by more than chance."""
     world = (test["environment"], test["size"], test["agents"])
-    pairs: dict[tuple[str, str], tuple[float, bool]] = {}
+    pairs: dict[tuple[str, str], tuple[float, bool, str, str]] = {}
     for pair in test.get("pairs") or []:
         if pair.get("difference"):
             points, sure = 100 * pair["difference"]["value"], bool(pair.get("significant"))
-            pairs[pair["a"], pair["b"]], pairs[pair["b"], pair["a"]] = (points, sure), (-points, sure)
+            why = "more than chance explains" if sure else pair.get("reason") or "chance could explain it"
+            rest = (sure, "?" if pair.get("reason") else "≈", why)
+            pairs[pair["a"], pair["b"]], pairs[pair["b"], pair["a"]] = (points, *rest), (-points, *rest)
     methods = [m for m in study.methods if any(m in pair for pair in pairs)]
     if not methods:
         return ""
@@ -69,10 +74,10 @@ def _who_beats_whom(study: Study, test: Document) -> str:
     def cell(a: str, b: str) -> str:
         if a == b or (a, b) not in pairs:
             return "<td></td>"
-        points, sure = pairs[a, b]
-        sign, kind = ("▲", "good") if sure and points > 0 else ("▼", "bad") if sure else ("≈", "even")
-        title = f"{a} against {b}: {'more than chance explains' if sure else 'chance could explain it'}"
-        return f'<td class="{kind}" title="{esc(title)}">{sign} {"+" if points > 0 else ""}{decimal(points, 1)}</td>'
+        points, sure, open_sign, why = pairs[a, b]
+        sign, kind = ("▲", "good") if sure and points > 0 else ("▼", "bad") if sure else (open_sign, "even")
+        title, plus = esc(f"{a} against {b}: {why}"), "+" if points > 0 else ""
+        return f'<td class="{kind}" title="{title}">{sign} {plus}{decimal(points, 1)}</td>'
 
     rows = "".join(
         f'<tr><th scope="row">{linked(method_label(study, a), study, world, a)}</th>'
@@ -137,7 +142,15 @@ def _aggregates(study: Study, section: Section) -> None:
             groups.setdefault(entry["environment"], []).append(entry)
     if not groups:
         return
-    section.body.append("<h3>Over all map sizes</h3>")
+    common = {c["environment"]: c for c in study.analysis.get("common") or []}
+    section.body.append("<h3>Over map sizes</h3>")
+    for environment, c in common.items():
+        places = listed([f"{p['size']}×{p['size']} with {counted(p['agents'], 'agent')}" for p in c["places"]])
+        if places:
+            left_out = " ".join(["", *c["words"]])
+            section.words(
+                esc(f"{environment}: over {places}, where each of these methods has finished runs.{left_out}")
+            )
     forests = [
         Forest(
             environment,
@@ -209,8 +222,8 @@ def _aggregates(study: Study, section: Section) -> None:
                 for environment, entries in better.items()
             ),
         ),
-        "How likely a run of the first method beats one of the second on the same map size (ties count half). At the "
-        "dashed line neither does. 95% intervals by stratified bootstrap.",
+        "How likely a run of the first method beats one of the second in the same place (ties count half), over the "
+        "places where both have runs. At the dashed line neither does. 95% intervals by stratified bootstrap.",
     )  # fmt: skip
     rows = "".join(
         f"<tr><td>{esc(environment)}</td><td>{esc(entry['a'])} &gt; {esc(entry['b'])}</td>"

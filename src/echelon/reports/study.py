@@ -25,9 +25,11 @@ from pathlib import Path
 
 from echelon._files import atomic_write_bytes, atomic_write_text
 from echelon.errors import EchelonError
+from echelon.methods import method as method_called
+from echelon.methods import methods as known_methods
 from echelon.reports.charts import Figure
 from echelon.reports.figures import figure_pdf, figure_svg
-from echelon.reports.measured import collisions, learning, model_calls, speed_and_cost, success_rates
+from echelon.reports.measured import collisions, learning, speed_and_cost, success_rates
 from echelon.reports.parts import (
     Document,
     Section,
@@ -51,6 +53,7 @@ from echelon.reports.parts import (
 from echelon.reports.paths import Team, packed, paths, recordings
 from echelon.reports.replay import replay_shell
 from echelon.reports.significance import significance
+from echelon.studies.analysis import model_part
 from echelon.studies.presets import presets
 
 __all__ = ["render_report", "write_report"]
@@ -61,7 +64,7 @@ TUNING = (
     "their settings by, all with a flat team in the warehouse of 20×20 with 4 agents; IPPO takes MAPPO's. Every trial "
     "is in docs/results/tuning.md of Echelon's repository."
 )
-_FEW = 5  # runs; at 10 the percentile bootstrap misses about one time in ten
+_FEW = 5  # runs; fewer make wide intervals
 
 VERDICTS = {
     "reproduced": ("good", '<path d="M4.5 8.5l2.5 2.5 4.5-5.5"/>'),
@@ -179,6 +182,7 @@ def _overview(study: Study) -> Section:
     section.body.append(_in_short(study))
     items = "".join(f"<div><dt>{term}</dt><dd>{words}</dd></div>" for term, words in facts if words)
     section.body.append(f'<dl class="facts">{items}</dl>')
+    section.body += [*_settings(study), *_differing(study)]
     if not done:
         section.words("<strong>No run is finished yet.</strong> The tables below say what is waited for.")
     section.body.append(
@@ -189,6 +193,51 @@ def _overview(study: Study) -> Section:
         "widely, the difference may be chance. Every number leads to the runs it was made of.</p></aside>"
     )
     return section
+
+
+def _settings(study: Study) -> list[str]:
+    """What the study sets otherwise than Echelon does, as a table."""
+    whose = [("every run", _table(study, "run"))]
+    whose += [(f"runs in {name}", table) for name, table in _table(study, "env").items()]
+    whose += [(f"runs of {name}", table) for name, table in _table(study, "method").items()]
+    rows = "".join(
+        f'<tr><th scope="row">{esc(who)}</th><td><code>{esc(key)}</code></td><td>{esc(value)}</td></tr>'
+        for who, table in whose
+        for key, value in _leaves(table)
+    )
+    if not rows:
+        return ["<p>All settings are Echelon's own.</p>"] if "settings" in study.about else []
+    table = data_table(["Whose", "Setting", "Value"], rows, "Settings of this study")
+    return ["<h3>What this study sets otherwise than Echelon does</h3>" + table]
+
+
+def _leaves(table: object, name: str = "") -> list[tuple[str, str]]:
+    """A table's values by their dotted names."""
+    if isinstance(table, Mapping):
+        return [leaf for key, value in table.items() for leaf in _leaves(value, f"{name}.{key}" if name else str(key))]
+    return [(name, json.dumps(table, ensure_ascii=False))]
+
+
+def _differing(study: Study) -> list[str]:
+    """On which processors and with which versions runs were made, where that is not the same for all."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in study.runs:
+        told = {**(run.get("versions") or {}), "processor": run.get("processor"), "precision": run.get("precision")}
+        for what, value in told.items():
+            if value is not None:
+                found.setdefault(what, {}).setdefault(str(value), []).append(run["id"])
+    items = "".join(
+        f"<li>{esc(what)} {esc(value)}: {run_links(study, runs)}</li>"
+        for what, values in sorted(found.items())
+        if len(values) > 1
+        for value, runs in values.items()
+    )
+    if not items:
+        return []
+    return [
+        "<h3>Not all runs were made alike</h3><p>They differ in what follows; numbers may differ by it, above all "
+        f"times.</p><ul class='plain'>{items}</ul>"
+    ]
 
 
 def _in_short(study: Study) -> str:
@@ -207,9 +256,9 @@ def _in_short(study: Study) -> str:
         ranked = sorted(rates, key=lambda rate: -rate[0])
         said = listed(
             [
-                f"{linked(f'<b>{100 * value:.0f}%</b>', study, world, method)} of episodes with {esc(method)}"
+                f"{linked(f'<b>{_whole(value)}%</b>', study, world, method)} of episodes with {esc(method)}"
                 if k == 0
-                else f"{linked(f'<b>{100 * value:.0f}%</b>', study, world, method)} with {esc(method)}"
+                else f"{linked(f'<b>{_whole(value)}%</b>', study, world, method)} with {esc(method)}"
                 for k, (value, method) in enumerate(ranked)
             ]
         )
@@ -218,26 +267,48 @@ def _in_short(study: Study) -> str:
     return f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
 
 
+def _whole(share: float) -> str:
+    """A share in percent; what is nearly none or all isn't rounded to that."""
+    percent = f"{100 * share:.0f}"
+    return f"{100 * share:.1f}" if percent in ("0", "100") and 0 < share < 1 else percent
+
+
 # ---------------------------------------------------------------- claims
 
 
 def _claims(study: Study) -> Section:
     section = Section("claims", "Does the paper hold?")
-    claims = study.analysis.get("claims") or []
+    # A claim without runs is of methods or sizes that this study doesn't have, or hasn't finished.
+    claims = [claim for claim in study.analysis.get("claims") or [] if claim.get("runs")]
     if not claims:
-        section.words("This study was not asked about the paper's claims.")
+        section.words(
+            "No run that the paper's claims speak of is finished yet."
+            if study.count("pending")
+            else "This study was not asked about the paper's claims."
+        )
         return section
     tally = [f"{n} {word}" for word in VERDICTS if (n := sum(c.get("verdict") == word for c in claims))]
+    fewest = min((n for world, method in _cells(study) if (n := len(study.finished(world, method)))), default=0)
     section.words(
         f"{counted(len(claims), 'claim').capitalize()}: {esc(listed(tally))}. A claim is reproduced if our whole 95% "
-        "interval satisfies it, not reproduced if the whole interval contradicts it, and else inconclusive."
-    )
-    fewest = min((n for world, method in _cells(study) if (n := len(study.finished(world, method)))), default=0)
-    if 1 < fewest <= _FEW:
-        section.words(
-            f"From as few as {fewest} runs of a method in one place such intervals are too narrow: at 3 they miss the "
-            "truth about one time in four, not in twenty. Take these verdicts as provisional."
+        "interval satisfies it, not reproduced if the whole interval contradicts it, and else inconclusive. Intervals "
+        "here are Student's or Welch's over runs, wider than those of the tables below, and keep to their 95% also "
+        "with few runs."
+        + (
+            f" With as few as {fewest} runs of a method in one place much stays open, and a failure that none of them "
+            "had is in no interval."
+            if 1 < fewest <= _FEW
+            else ""
         )
+    )
+    shares = _model_shares(study)
+    if shares:
+        section.words(
+            "Whose planner is it? " + " ".join(f"{esc(f'{m}: {words}.')}" for m, words in shares.items())
+            + " The model that is asked unless a study names another, SmolLM2, mostly picks what is nearest by a habit "
+            "and not by judgement (measured, with controls, in docs/planners.md of Echelon's repository). What such a "
+            "method gains over flat teams is then the gain of subgoals, not of a language model's thought."
+        )  # fmt: skip
     rows = "".join(map(partial(_claim_row, study), claims))
     head = "".join(
         f'<th role="columnheader" scope="col">{word}</th>' for word in ("Claim", "Paper", "Here", "Verdict", "Why")
@@ -253,11 +324,36 @@ def _cells(study: Study) -> list[tuple[World, str]]:
     return [(world, method) for world in study.worlds for method in study.methods]
 
 
+def _model_shares(study: Study) -> dict[str, str]:
+    """By method what part of the training worlds its language model planned, in words, where the study says it."""
+    every, said = _table(study, "run"), {}
+    for name, own in _table(study, "method").items():
+        table = {**every, **own} if isinstance(own, Mapping) else every
+        share = table.get("llm_share")
+        if isinstance(share, int | float) and name in study.methods:
+            known = method_called(name).cheap_planner if name in known_methods() else ""
+            others = table.get("cheap_planner") or known
+            said[name] = f"its language model planned {100 * share:.3g}% of the training worlds" + (
+                f", “{others}” the others" if share < 1 and others else ""
+            )
+    return said
+
+
+def _table(study: Study, name: str) -> Document:
+    """One of the tables of settings in a study's file; empty where results don't keep them."""
+    table = (study.about.get("settings") or {}).get(name)
+    return table if isinstance(table, Mapping) else {}
+
+
 def _claim_row(study: Study, claim: Document) -> str:
     runs = claim.get("runs") or []
+    made_by = {study.by_id[i]["method"] for i in runs if i in study.by_id}
+    shares = "".join(
+        f'<div class="quiet">{esc(f"{m}: {words}")}</div>' for m, words in _model_shares(study).items() if m in made_by
+    )
     return (
         f'<tr role="row" id="claim-{slug(str(claim.get("id", "")))}">'
-        f'<th role="rowheader" scope="row">{esc(claim.get("claim", ""))}</th>'
+        f'<th role="rowheader" scope="row">{esc(claim.get("claim", ""))}{shares}</th>'
         f'<td role="cell" data-label="Paper">{esc(claim.get("paper") or "–")}</td>'
         f'<td role="cell" data-label="Here" class="ours"><div>{esc(claim.get("ours") or "–")}</div></td>'
         f'<td role="cell" data-label="Verdict">{_verdict(str(claim.get("verdict")))}</td>'
@@ -349,7 +445,7 @@ def _run_row(run: Document) -> str:
         mean("collisions"),
         decimal(run.get("steps_per_second") or 0, 0) if learns else "–",
         duration(run.get("training_seconds")) if learns else "–",
-        decimal(model_calls(run), 0),
+        decimal(model_part(run), 0),
     )
     return start + "".join(f"<td>{esc(cell)}</td>" for cell in cells) + "</tr>"
 
@@ -379,24 +475,33 @@ def _reproduce(study: Study, tuning: str) -> Section:
     )
     terms = [
         ("TSR", "task success rate: episodes in which all tasks were finished within the time limit, over all "
-         "episodes. A cell's value is the mean over its runs; the interval is the percentile bootstrap's over runs, "
-         "and where there is a single run, or all runs agree, Wilson's over their episodes."),
+         "episodes. A cell's value is the mean over its runs. Its interval: of the percentile bootstrap's over "
+         "runs and Wilson's over all their episodes the one that is wider, at each end."),
         ("Last and best policy", "the policy at the end of training, and the one whose evaluation during training was "
          "best. Both are judged once over the final episodes, in worlds that neither training nor that choice saw."),
+        ("Verdicts on claims", "a rate's interval is Student's t over runs, a difference's Welch's t over the means of "
+         "places (Satterthwaite's degrees of freedom), a ratio's the same of its logarithm; none is narrower than the "
+         "chance of episodes makes it. In simulated studies of 3 runs a side these held the truth in 93% or more of "
+         "cases (88% where rates crowd below 1), a bootstrap in 71% to 87%. What learns nothing is judged by its "
+         "episodes (Wilson); one run of a method that learns decides nothing."),
         ("Steps to finish", "mean steps of the episodes that succeeded. Intervals over runs: Student's t."),
         ("Makespan", "mean steps of all episodes; one that failed counts as the time limit."),
         ("Collisions", "moves an episode that were blocked by another agent."),
         ("Mean convergence time (MCT)", f"{settled}. Runs that never converge are right-censored at the end of "
          "training: the mean is restricted to the training's length."),
         ("Sample efficiency", "area under the curve of evaluated TSR over training steps, divided by its length."),
-        ("Interquartile mean (IQM)", "the mean of the middle half of the runs' values, map sizes as strata."),
+        ("Interquartile mean (IQM)", "the mean of the middle half of the runs' values, places as strata. This and the "
+         "other numbers over map sizes are of places in which all the methods shown have finished runs."),
         ("Optimality gap", "how far the runs are from a TSR of 1 on average; smaller is better."),
         ("Probability of improvement", "the chance that a run of one method beats a run of another one on the same "
          "world, ties counting half (Agarwal and others, 2021)."),
         ("Bootstrap", f"percentile intervals of 95%{drawn}, resampling runs within each map. From few runs they are "
-         "too narrow: with 3 a cell they miss the truth about one time in four, not in twenty."),
+         "too narrow: with 3 a cell they miss the truth about one time in four, not in twenty, and where all runs "
+         "agree they have no width."),
         ("Tests", "one-way ANOVA with Tukey's HSD where its assumptions hold, else Welch's with Games and Howell's. "
-         "Hedges' g is a difference in standard deviations of runs. Holm's correction is over all pairs of the study."),
+         "Hedges' g is a difference in standard deviations of runs. Holm's correction is over all pairs of the study. "
+         "Where neither method's runs differ, Fisher's exact test over episodes stands in if there are at least 5 runs "
+         "of each or all episodes end alike; else there is no p-value."),
     ]  # fmt: skip
     items = "".join(f"<dt>{esc(term)}</dt><dd>{esc(words)}</dd>" for term, words in terms)
     section.body.append(f'<h3>What each number means</h3><dl class="terms">{items}</dl>')

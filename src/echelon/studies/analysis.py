@@ -6,8 +6,8 @@ between episodes of one run as if each were a run. Failed and pending runs are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,17 @@ import numpy as np
 from scipy import stats
 
 from echelon.errors import EchelonError
-from echelon.evaluation.convergence import area_under_curve, convergence_time, log_rank, restricted_mean
+from echelon.evaluation.convergence import (
+    Convergence,
+    area_under_curve,
+    convergence_time,
+    log_rank,
+    restricted_mean,
+)
 from echelon.evaluation.hypothesis_tests import eta_squared, holm, omega_squared, one_way, pairwise
 from echelon.evaluation.statistics import (
     Interval,
-    difference_of_rates,
+    difference_of_means,
     iqm,
     mean_interval,
     mean_score,
@@ -29,16 +35,19 @@ from echelon.evaluation.statistics import (
     probability_of_improvement,
     resample,
     stratified_bootstrap,
+    wider,
     wilson,
 )
-from echelon.studies.claims import judge_claims
+from echelon.studies.claims import episodes_won, judge_claims, place_of, success_rate
 
-__all__ = ["analyse"]
+__all__ = ["analyse", "model_part", "planner_ms"]
 
 Run = dict[str, Any]
 Json = dict[str, Any]
 # What others are measured against in the paper.
 BASELINES = ("flat-mappo", "qmix")
+# So many runs that agree to the last episode hardly do so by chance.
+ENOUGH = 5
 TAUS = np.linspace(0.0, 1.0, 51)
 ALPHA = 0.05
 
@@ -64,6 +73,7 @@ def analyse(results: Json, *, seed: int = 0, resamples: int = 2000) -> Json:
     boot: Json = {"seed": seed, "resamples": resamples}
     tests = [_test(place, runs, study["methods"], boot) for place in _places(study)]
     _adjust(tests)
+    common = {e: _common_places(e, runs, study["methods"]) for e in study["environments"]}
     survival = [_survival(place, runs, study["methods"], boot) for place in _places(study)]
     _adjust_logrank(survival)
     return {
@@ -75,7 +85,8 @@ def analyse(results: Json, *, seed: int = 0, resamples: int = 2000) -> Json:
             "resamples": resamples,
             "confidence": 0.95,
             "convergence": "first evaluation after which the smoothed success rate stays within 0.05 (or two standard "
-            "errors, if more) of its final level, the mean of the last 3 evaluations, if that is above 0.5",
+            "errors, if more) of its final level, the mean of the last 3 evaluations, if that is above 0.5; the time "
+            "is the middle between that evaluation and the one before, and never more than the study's steps",
         },
         "counts": {
             "finished": len(runs),
@@ -85,12 +96,13 @@ def analyse(results: Json, *, seed: int = 0, resamples: int = 2000) -> Json:
         "failed": [{"id": r["id"], "reason": r["reason"]} for r in others if r["status"] == "failed"],
         "pending": [r["id"] for r in others if r["status"] == "pending"],
         "cells": [_cell(place, m, _of(runs, m, place), boot) for place in _places(study) for m in study["methods"]],
-        "aggregates": [_aggregate(e, m, runs, boot) for e in study["environments"] for m in study["methods"]],
-        "profiles": [_profile(e, study["methods"], runs, boot) for e in study["environments"]],
+        "common": [{"environment": e} | c for e, c in common.items()],
+        "aggregates": [_aggregate(e, m, c, runs, boot) for e, c in common.items() for m in study["methods"]],
+        "profiles": [_profile(e, c, runs, boot) for e, c in common.items()],
         "improvement": [p for e in study["environments"] for p in _improvement(e, study["methods"], runs, boot)],
         "tests": tests,
         "survival": survival,
-        "claims": judge_claims(runs, {(*_place(r), r["method"], r["seed"]): _converged(r) for r in runs}, boot),
+        "claims": judge_claims(runs, {(*place_of(r), r["method"], r["seed"]): _converged(r) for r in runs}),
     }
 
 
@@ -105,15 +117,11 @@ def _check(results: Json) -> None:
         if run["id"] in seen:
             raise EchelonError(f"two runs have the id {run['id']}")
         seen.add(run["id"])
-        key = (*_place(run), run["method"], run["seed"])
+        key = (*place_of(run), run["method"], run["seed"])
         if run["status"] == "finished" and key in seen:
             raise EchelonError(f"two finished runs of {run['method']}, size {run['size']}, seed {run['seed']}")
         if run["status"] == "finished":
             seen.add(key)
-
-
-def _place(run: Run) -> tuple[str, int, int]:
-    return run["environment"], run["size"], run["agents"]
 
 
 def _places(study: Json) -> list[tuple[str, int, int]]:
@@ -122,13 +130,13 @@ def _places(study: Json) -> list[tuple[str, int, int]]:
 
 def _order(study: Json, run: Run) -> tuple[Any, ...]:
     keys = ("environments", "sizes", "agents", "methods", "seeds")
-    values = (*_place(run), run["method"], run["seed"])
+    values = (*place_of(run), run["method"], run["seed"])
     # What the study doesn't name comes last, in its own order.
     return tuple((study[k].index(v) if v in study[k] else len(study[k]), v) for k, v in zip(keys, values, strict=True))
 
 
 def _of(runs: Iterable[Run], method: str, place: tuple[str, int, int]) -> list[Run]:
-    return [r for r in runs if r["method"] == method and _place(r) == place]
+    return [r for r in runs if r["method"] == method and place_of(r) == place]
 
 
 def _tasks(runs: Iterable[Run], method: str, environment: str) -> dict[tuple[str, int, int], list[Run]]:
@@ -136,7 +144,7 @@ def _tasks(runs: Iterable[Run], method: str, environment: str) -> dict[tuple[str
     tasks: dict[tuple[str, int, int], list[Run]] = {}
     for run in runs:
         if run["method"] == method and run["environment"] == environment:
-            tasks.setdefault(_place(run), []).append(run)
+            tasks.setdefault(place_of(run), []).append(run)
     return tasks
 
 
@@ -152,9 +160,14 @@ def _json(interval: Interval | None) -> Json | None:
     return None if interval is None else asdict(interval)
 
 
-def _positive(interval: Interval | None) -> Json | None:
-    """Student's interval of a quantity that can't be negative."""
-    return None if interval is None else {**asdict(interval), "low": max(0.0, interval.low)}
+def _over_runs(values: Sequence[float | np.floating[Any]]) -> Json | None:
+    """The mean over runs of what can't be negative, with Student's interval; one run has none."""
+    interval = mean_interval([float(v) for v in values])
+    if interval is None:
+        return None
+    return {"value": interval.value} | (
+        {"low": max(0.0, interval.low), "high": interval.high} if len(values) > 1 else {"low": None, "high": None}
+    )
 
 
 # Cells: one method in one place ----------------------------------------------------------------------------------
@@ -163,10 +176,7 @@ def _positive(interval: Interval | None) -> Json | None:
 def _cell(place: tuple[str, int, int], method: str, runs: list[Run], boot: Json) -> Json:
     cell: Json = dict(zip(("environment", "size", "agents"), place, strict=True))
     learners = [c for c in map(_converged, runs) if c is not None]
-    steps = None
-    if learners:
-        horizon = max(r["steps"] for r in runs)
-        steps = restricted_mean([c.step for c in learners], [c.converged for c in learners], horizon, **boot)
+    steps = _mean_time(learners, max(r["steps"] for r in runs), boot) if learners else None
     areas = [_area(r) for r in runs if len(r["evaluations"]) > 1]
     return cell | {
         "method": method,
@@ -175,35 +185,34 @@ def _cell(place: tuple[str, int, int], method: str, runs: list[Run], boot: Json)
         "tsr": _json(_rate(runs, "last", boot)),
         "tsr_pooled": _json(_pooled(runs)),
         "tsr_best": _json(_rate(runs, "best", boot)),
-        "steps_to_finish": _positive(mean_interval([s for s in map(_finishing, runs) if s is not None])),
-        "makespan": _positive(mean_interval([np.mean(r["last"]["steps"]) for r in runs])),
-        "collisions": _positive(mean_interval([np.mean(r["last"]["collisions"]) for r in runs])),
+        "steps_to_finish": _over_runs([s for s in map(_finishing, runs) if s is not None]),
+        "makespan": _over_runs([np.mean(r["last"]["steps"]) for r in runs]),
+        "collisions": _over_runs([np.mean(r["last"]["collisions"]) for r in runs]),
         "curve": _curve(runs, boot),
         "auc": _json(stratified_bootstrap(mean_score, [areas], **boot)) if areas else None,
-        "convergence": {"steps": _json(steps), "converged": sum(c.converged for c in learners), "runs": len(learners)},
+        "convergence": {"steps": steps, "converged": sum(c.converged for c in learners), "runs": len(learners)},
         "training_seconds": _mean([r["training_seconds"] for r in runs]),
         "steps_per_second": _mean([r["steps_per_second"] for r in runs if r["learns"]]),
-        "model_calls": _mean([_model(r, "calls") for r in runs]),
-        "model_seconds": _mean([_model(r, "seconds") for r in runs]),
-        "planner_ms_per_episode": _mean([p for p in map(_planner_ms, runs) if p is not None]),
+        "model_calls": _mean([model_part(r, "calls") for r in runs]),
+        "model_seconds": _mean([model_part(r, "seconds") for r in runs]),
+        "planner_ms_per_episode": _mean([p for p in map(planner_ms, runs) if p is not None]),
     }
 
 
 def _rate(runs: list[Run], which: str, boot: Json) -> Interval | None:
-    """Mean success rate over runs; where runs show no spread (or there is one), all their episodes tell how sure."""
-    rates = _tsr(runs, which)
-    if len(set(rates)) > 1:
-        return stratified_bootstrap(mean_score, [rates], **boot)
-    return _pooled(runs, which)
+    """Mean success rate over runs: of the bootstrap over runs and all episodes' Wilson interval the wider at each end.
+
+    Runs that happen to agree would leave the bootstrap narrower than the noise of their episodes.
+    """
+    if not runs:
+        return None
+    drawn, noise = stratified_bootstrap(mean_score, [_tsr(runs, which)], **boot), _pooled(runs, which)
+    assert drawn is not None and noise is not None
+    return wider(drawn, noise)
 
 
 def _pooled(runs: list[Run], which: str = "last") -> Interval | None:
-    return wilson(*_episodes(runs, which)) if runs else None
-
-
-def _episodes(runs: list[Run], which: str = "last") -> tuple[int, int]:
-    outcomes = [outcome for r in runs for outcome in r[which]["success"]]
-    return sum(map(bool, outcomes)), len(outcomes)
+    return wilson(*episodes_won(runs, which)) if runs else None
 
 
 def _finishing(run: Run) -> float | None:
@@ -225,21 +234,26 @@ def _area(run: Run) -> float:
     return area_under_curve([e["step"] for e in run["evaluations"]], [e["tsr"] for e in run["evaluations"]])
 
 
-def _converged(run: Run) -> Any:
-    """When a run that learns converged (see `convergence_time`); None for one that doesn't, or was never evaluated."""
+def _converged(run: Run) -> Convergence | None:
+    """When a run that learns converged (see `convergence_time`); None for one that doesn't, or was never evaluated.
+
+    A method's last rollout may end a little after the study's steps, one's later than another's: none counts as more.
+    """
     curve = run["evaluations"]
     if not run["learns"] or len(curve) < 2:
         return None
     episodes = min(e["episodes"] for e in curve)
-    return convergence_time([e["step"] for e in curve], [e["tsr"] for e in curve], episodes=episodes)
+    found = convergence_time([e["step"] for e in curve], [e["tsr"] for e in curve], episodes=episodes)
+    return replace(found, step=min(found.step, run["steps"]), after=min(found.after, run["steps"]))
 
 
-def _model(run: Run, what: str) -> float:
-    """A language model's part in training and in the last evaluation."""
+def model_part(run: Mapping[str, Any], what: str = "calls") -> float:
+    """A language model's "calls" or "seconds" in a run's training and in its last evaluation."""
     return float(run[f"training_model_{what}"] + run["last"]["plans"].get(f"model_{what}", 0))
 
 
-def _planner_ms(run: Run) -> float | None:
+def planner_ms(run: Mapping[str, Any]) -> float | None:
+    """Milliseconds of planning in an episode of a run's last evaluation; None for what doesn't plan."""
     plans = run["last"]["plans"]
     seconds = plans.get("planner_seconds", plans.get("model_seconds"))
     return None if seconds is None else 1000 * seconds / run["last"]["episodes"]
@@ -252,8 +266,59 @@ def _mean(values: Sequence[float]) -> float | None:
 # Aggregates over the places of an environment --------------------------------------------------------------------
 
 
-def _aggregate(environment: str, method: str, runs: list[Run], boot: Json) -> Json:
-    tasks = list(_tasks(runs, method, environment).values())
+def _common_places(environment: str, runs: list[Run], methods: Sequence[str]) -> Json:
+    """The places and methods that aggregates are over: each of the methods has finished runs in each of the places.
+
+    Else a method without runs on the hardest map would look the better for it. What lacks the largest share goes
+    first, a place before a method, until nothing is missing.
+    """
+    have = {m: set(_tasks(runs, m, environment)) for m in methods}
+    have = {m: found for m, found in have.items() if found}
+    places = list(dict.fromkeys(place_of(r) for r in runs if r["environment"] == environment))
+    every, dropped = list(have), []
+    while have:
+        gaps: dict[Any, float] = {p: float(np.mean([p not in found for found in have.values()])) for p in places}
+        gaps |= {m: float(np.mean([p not in found for p in places])) for m, found in have.items()}
+        worst = max(gaps, key=lambda key: gaps[key])
+        if not gaps[worst]:
+            break
+        if worst in places:
+            places.remove(worst)
+            dropped.append(worst)
+        else:
+            del have[worst]
+    words = [
+        f"{_label(p)} is left out: {_and([m for m in every if not _of(runs, m, p)])} "
+        f"{'has' if sum(not _of(runs, m, p) for m in every) == 1 else 'have'} no finished run there."
+        for p in dropped
+    ]
+    for m in (m for m in every if m not in have):
+        lacks = _and([_label(p) for p in places if not _of(runs, m, p)])
+        words.append(f"{m} is left out: it has no finished run at {lacks}.")
+    return {
+        "places": [{"size": size, "agents": agents} for _, size, agents in places if have],
+        "methods": list(have),
+        "words": words,
+    }
+
+
+def _label(place: tuple[str, int, int]) -> str:
+    return f"{place[1]}×{place[1]} with {place[2]} agent{'' if place[2] == 1 else 's'}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _shared(environment: str, method: str, common: Json, runs: list[Run]) -> list[list[Run]]:
+    """A method's runs in the common places; none for a method that is left out."""
+    if method not in common["methods"]:
+        return []
+    return [_of(runs, method, (environment, p["size"], p["agents"])) for p in common["places"]]
+
+
+def _aggregate(environment: str, method: str, common: Json, runs: list[Run], boot: Json) -> Json:
+    tasks = _shared(environment, method, common, runs)
     scores = [_tsr(task) for task in tasks]
     statistics: dict[str, Callable[..., Any]] = {
         "iqm": iqm,
@@ -265,20 +330,19 @@ def _aggregate(environment: str, method: str, runs: list[Run], boot: Json) -> Js
     return {"environment": environment, "method": method, **intervals, "runs": [i for t in tasks for i in _ids(t)]}
 
 
-def _profile(environment: str, methods: Sequence[str], runs: list[Run], boot: Json) -> Json:
+def _profile(environment: str, common: Json, runs: list[Run], boot: Json) -> Json:
     """Performance profiles with pointwise intervals."""
     lines = {}
-    for method in methods:
-        scores = [_tsr(task) for task in _tasks(runs, method, environment).values()]
-        if scores:
-            value = performance_profile(scores, TAUS)
-            drawn = resample(scores, np.random.default_rng(boot["seed"]), boot["resamples"])
-            low, high = np.quantile(performance_profile(drawn, TAUS), (0.025, 0.975), axis=0)
-            lines[method] = {
-                "value": value.tolist(),
-                "low": np.minimum(low, value).tolist(),
-                "high": np.maximum(high, value).tolist(),
-            }
+    for method in common["methods"]:
+        scores = [_tsr(task) for task in _shared(environment, method, common, runs)]
+        value = performance_profile(scores, TAUS)
+        drawn = resample(scores, np.random.default_rng(boot["seed"]), boot["resamples"])
+        low, high = np.quantile(performance_profile(drawn, TAUS), (0.025, 0.975), axis=0)
+        lines[method] = {
+            "value": value.tolist(),
+            "low": np.minimum(low, value).tolist(),
+            "high": np.maximum(high, value).tolist(),
+        }
     return {"environment": environment, "taus": TAUS.tolist(), "methods": lines}
 
 
@@ -311,11 +375,14 @@ def _test(place: tuple[str, int, int], runs: list[Run], methods: Sequence[str], 
         posthoc = "tukey" if result.test == "anova" else "games-howell"
         for pair in pairwise(groups, equal_variances=posthoc == "tukey"):
             a, b = names[pair.a], names[pair.b]
-            single, p, difference = pair.p_single, pair.p, pair.difference
+            single, p, difference, reason = pair.p_single, pair.p, pair.difference, None
             if p is None:
-                # No spread between the runs of either: all episodes of each are alike, and may be pooled.
-                single = p = _fisher(cells[a], cells[b])
-                difference = difference_of_rates(*_episodes(cells[a]), *_episodes(cells[b]))
+                # No spread between the runs of either: only their episodes can tell.
+                difference = difference_of_means(success_rate([cells[a]]), success_rate([cells[b]]))
+                if _poolable(cells[a], cells[b]):
+                    single = p = _fisher(cells[a], cells[b])
+                else:
+                    reason = f"fewer than {ENOUGH} runs of each agree by chance, which says nothing of how runs differ"
             pairs.append(
                 {
                     "a": a,
@@ -326,7 +393,8 @@ def _test(place: tuple[str, int, int], runs: list[Run], methods: Sequence[str], 
                     "p_holm": None,
                     "hedges_g": pair.hedges_g,
                     "significant": False,
-                    "by": "fisher" if pair.p is None else posthoc,
+                    "by": posthoc if pair.p is not None else None if p is None else "fisher",
+                    "reason": reason,
                 }
             )
     return dict(zip(("environment", "size", "agents"), place, strict=True)) | {
@@ -349,8 +417,13 @@ def _test(place: tuple[str, int, int], runs: list[Run], methods: Sequence[str], 
     }
 
 
+def _poolable(a: list[Run], b: list[Run]) -> bool:
+    """Whether episodes of runs that all agree may stand for themselves: enough runs, or all episodes end alike."""
+    return min(len(a), len(b)) >= ENOUGH or {*_tsr(a), *_tsr(b)} <= {0.0, 1.0}
+
+
 def _fisher(a: list[Run], b: list[Run]) -> float:
-    (won_a, all_a), (won_b, all_b) = _episodes(a), _episodes(b)
+    (won_a, all_a), (won_b, all_b) = episodes_won(a), episodes_won(b)
     return float(stats.fisher_exact([[won_a, all_a - won_a], [won_b, all_b - won_b]]).pvalue)
 
 
@@ -372,14 +445,17 @@ def _words(test: Json, family: int) -> list[str]:
     words = []
     if test["test"] is not None:
         name = {"anova": "analysis of variance", "welch": "Welch's test"}[test["test"]]
+        # Groups without spread are in the share of variation, but not in Welch's test.
+        tested = [m for m in test["methods"] if m not in test["without_spread"]]
+        whom = _and(tested) if test["without_spread"] else "methods"
         verdict = (
-            "Success rates differ between methods by more than chance explains"
+            f"Success rates differ between {whom} by more than chance explains"
             if test["p"] < ALPHA
-            else "Chance alone could explain the differences between methods"
+            else f"Chance alone could explain the differences between {whom}"
         )
         # Rounded down: 99.8% is not all.
         share = f"; {int(100 * test['eta_squared'])}% of all variation between runs comes from the method"
-        words.append(f"{verdict} ({name}, {_p(test['p'])}{share}).")
+        words.append(f"{verdict} ({name}, {_p(test['p'])}{'' if test['without_spread'] else share}).")
     words.append(test["reason"])
     return words + [_pair_words(pair, family) for pair in test["pairs"]]
 
@@ -392,6 +468,8 @@ def _pair_words(pair: Json, family: int) -> str:
     if value == 0:
         return f"{a} and {b} succeeded equally often."
     points = f"{100 * value:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
+    if pair["p"] is None:
+        return f"{a} is ahead of {b} by {points}; there is no p-value: {pair['reason']}."
     if pair["significant"]:
         return f"{a} and {b} differ: {points} in favour of {a}, more than chance explains ({_p(pair['p_holm'])})."
     if pair["p"] < ALPHA:
@@ -410,11 +488,11 @@ def _p(p: float) -> str:
 
 
 def _survival(place: tuple[str, int, int], runs: list[Run], methods: Sequence[str], boot: Json) -> Json:
-    here = {m: [r for r in _of(runs, m, place) if _converged(r) is not None] for m in methods}
+    here = {m: [(r, c) for r in _of(runs, m, place) if (c := _converged(r)) is not None] for m in methods}
     here = {m: found for m, found in here.items() if found}
-    horizon = max((r["steps"] for found in here.values() for r in found), default=None)
-    times = {m: [_converged(r).step for r in found] for m, found in here.items()}
-    events = {m: [_converged(r).converged for r in found] for m, found in here.items()}
+    horizon = max((r["steps"] for found in here.values() for r, _ in found), default=None)
+    times = {m: [c.time for _, c in found] for m, found in here.items()}
+    events = {m: [c.converged for _, c in found] for m, found in here.items()}
     logrank = []
     for i, b in enumerate(b for b in BASELINES if b in here):
         # Each pair of baselines once.
@@ -424,18 +502,29 @@ def _survival(place: tuple[str, int, int], runs: list[Run], methods: Sequence[st
             logrank.append({"a": a, "b": b, "statistic": statistic, "p": p, "p_holm": None})
     return dict(zip(("environment", "size", "agents"), place, strict=True)) | {
         "horizon": horizon,
+        "grid": max((c.step - c.after for found in here.values() for _, c in found), default=0),
         "methods": [
             {
                 "method": m,
-                "runs": _ids(found),
+                "runs": _ids(r for r, _ in found),
                 "times": times[m],
                 "converged": events[m],
-                "restricted_mean": asdict(restricted_mean(times[m], events[m], float(horizon or 0), **boot)),
+                "restricted_mean": _mean_time([c for _, c in found], float(horizon or 0), boot),
             }
             for m, found in here.items()
         ],
         "logrank": logrank,
     }
+
+
+def _mean_time(found: Sequence[Convergence], horizon: float, boot: Json) -> Json:
+    """The restricted mean time to convergence; its interval is no narrower than the gaps between evaluations."""
+    events = [c.converged for c in found]
+    early, time, late = (
+        restricted_mean(times, events, horizon, **boot)
+        for times in ([c.after for c in found], [c.time for c in found], [c.step for c in found])
+    )
+    return asdict(wider(time, Interval(time.value, early.value, late.value)))
 
 
 def _adjust_logrank(survival: list[Json]) -> None:
