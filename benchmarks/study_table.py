@@ -58,15 +58,20 @@ def claims(analysis: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """Every table of a study by its title."""
+    analysis = analyse(results)
+    return {
+        "Claims": claims(analysis),
+        "Task success rate [95% interval]": table(analysis, success),
+        "Steps until an episode ends ± 95% over runs": table(analysis, makespan),
+        "Training steps to convergence (runs that got there)": table(analysis, convergence),
+    }
+
+
 def main() -> None:
     """Print every table of the study in the file that was named."""
-    analysis = analyse(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    for title, text in (
-        ("Claims", claims(analysis)),
-        ("Task success rate [95% interval]", table(analysis, success)),
-        ("Steps until an episode ends ± 95% over runs", table(analysis, makespan)),
-        ("Training steps to convergence (runs that got there)", table(analysis, convergence)),
-    ):
+    for title, text in tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))).items():
         print(f"## {title}\n\n{text}\n")
 
 

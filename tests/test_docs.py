@@ -635,5 +635,18 @@ def test_measured_skill_is_that_of_the_results() -> None:
         assert ", ".join(rates) in text
 
 
+def test_tables_of_the_study_are_made_of_its_results() -> None:
+    """Every table that the README and docs/results/medium.md quote comes out of the committed results again."""
+    tool = runpy.run_path(str(ROOT / "benchmarks" / "study_table.py"))
+    results = json.loads((ROOT / "docs/results/medium/results.json").read_text(encoding="utf-8"))
+    assert {run["status"] for run in results["runs"]} == {"finished"} and len(results["runs"]) == 63
+    made = tool["tables"](results)
+    text = (ROOT / "docs/results/medium.md").read_text(encoding="utf-8")
+    assert len(made) == 4
+    for title, table in made.items():
+        assert table in text, title
+    assert made["Task success rate [95% interval]"] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_picture_is_whole() -> None:
     ElementTree.parse(ROOT / "docs/images/overview.svg")
