@@ -590,11 +590,16 @@ def test_candidates_of_every_space_are_free_reachable_cells(space: str) -> None:
     assert set(c.kind[there].tolist()) == {SubgoalKind[space.upper()].value}
     assert (c.task == -1).all()
     assert request.distance is not None
+    goals = env.nearest_goal()
+    assert (goals >= 0).all()
     for i, a, j in np.ndindex(*c.kind.shape):
         if there[i, a, j]:
-            cell = int(c.cell[i, a, j])
-            assert not env.grid[rows[i], cell] & WALL
-            assert request.distance[i, a, j] == bfs(env, int(rows[i]), cell)[int(env.pos[rows[i], a])]
+            w, cell = int(rows[i]), int(c.cell[i, a, j])
+            assert not env.grid[w, cell] & WALL
+            lengths = bfs(env, w, cell)
+            # A direction is measured by the whole way that begins with it.
+            on = lengths[int(goals[w, a])] if space == "direction" else 0
+            assert request.distance[i, a, j] == lengths[int(env.pos[w, a])] + on
         else:
             assert request.distance[i, a, j] == UNREACHABLE
     verdict = tracker.check(request, Plan.chosen(request, there.argmax(2)), request.need)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def study(args: list[str]) -> int:
         """The study."""
 
     flags = parse("study", Flags, args)
-    return _run(read_study(flags.file), flags, f"echelon study {flags.file}")
+    return _run(read_study(flags.file), flags, shlex.join(["echelon", "study", *args]))
 
 
 def reproduce(args: list[str]) -> int:
@@ -114,7 +115,7 @@ def reproduce(args: list[str]) -> int:
         """quick, medium or paper."""
 
     flags = parse("reproduce", Flags, args)
-    return _run(preset(flags.preset), flags, f"echelon reproduce --preset {flags.preset}")
+    return _run(preset(flags.preset), flags, shlex.join(["echelon", "reproduce", *args]))
 
 
 def report(args: list[str]) -> int:
@@ -197,13 +198,14 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     states = [run["status"] for run in results["runs"]]
     if stopper() and "pending" in states:
         done = states.count("finished")
-        console.print(f"stopped with {done} of {len(states)} runs finished; the same command goes on: {command}")
+        left = f"stopped with {done} of {len(states)} runs finished"
+        console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
         return 128 + stopper.signal
     _summary(_analysis(results), results)
     print(_write(results, folder, replays_of(study, folder)))
     if "pending" in states:
         left = f"{states.count('pending')} of {len(states)} runs are not done"
-        console.print(f"{left}; the same command goes on: {command}")
+        console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
     return 0 if set(states) == {"finished"} else 1
 
 

@@ -213,7 +213,9 @@ def learning(study: Study) -> Section:
 
 
 def _curves(study: Study, world: World) -> Plot | None:
-    horizon = float(max((run.get("steps") or 0 for run in study.runs), default=0)) or 1.0
+    # Whole rollouts: a run goes on for some steps more than it was asked for.
+    reached = (e["step"] for run in study.runs for e in run.get("evaluations") or ())
+    horizon = float(max((*(run.get("steps") or 0 for run in study.runs), *reached), default=0)) or 1.0
     series, notes = [], []
     for method in study.methods:
         curve, tsr = study.value(world, method, "curve"), study.value(world, method, "tsr")
