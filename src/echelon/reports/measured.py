@@ -213,9 +213,10 @@ def learning(study: Study) -> Section:
 
 
 def _curves(study: Study, world: World) -> Plot | None:
-    # Whole rollouts: a run goes on for some steps more than it was asked for.
-    reached = (e["step"] for run in study.runs for e in run.get("evaluations") or ())
-    horizon = float(max((*(run.get("steps") or 0 for run in study.runs), *reached), default=0)) or 1.0
+    horizon = float(max((run.get("steps") or 0 for run in study.runs), default=0)) or 1.0
+    # Whole rollouts: runs go on a little further than they were asked to, very short ones much further.
+    reached = float(max((e["step"] for run in study.runs for e in run.get("evaluations") or ()), default=0))
+    horizon = reached if reached > 1.05 * horizon else horizon
     series, notes = [], []
     for method in study.methods:
         curve, tsr = study.value(world, method, "curve"), study.value(world, method, "tsr")
