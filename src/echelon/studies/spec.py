@@ -221,9 +221,10 @@ def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = 
         nested = table.values() if isinstance(table, dict) and by_name else ()
         if not isinstance(table, dict) or not all(isinstance(t, dict) for t in nested):
             raise EchelonError(f"{source}: {key} must be a table, [{key}{'.<name>' * by_name}]")
-    if "settings" in data:
-        raise unknown_name(f"key in {source}", "settings", [f.name for f in dataclasses.fields(Study)][:-1])
-    values = {"name": name, **typed(Study, data, f"{source}: ", _TABLES)}
+    known = {f.name for f in dataclasses.fields(Study)} - {"settings"} | set(_TABLES)
+    if unknown := [key for key in data if key not in known]:
+        raise unknown_name(f"key in {source}", unknown[0], known)
+    values = {"name": name, **typed(Study, data, f"{source}: ")}
     protocol = Protocol(**typed(Protocol, tables.pop("protocol"), f"{source}: protocol."))
     return Study(**values, protocol=protocol, settings={k: t for k, t in tables.items() if t})
 
