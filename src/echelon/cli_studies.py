@@ -238,7 +238,7 @@ def _short(name: str) -> str:
 
 
 def _words(matrix: Matrix) -> str:
-    left = "" if matrix.seconds_left is None else f", about {_time(matrix.seconds_left)} left"
+    left = f", about {_time(matrix.seconds_left)} left" if matrix.seconds_left else ""
     parts = f"{matrix.finished} done, {len(matrix.running)} running, {len(matrix.failed)} failed"
     return f"{parts} of {matrix.total} runs{left}"
 
