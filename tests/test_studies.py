@@ -888,6 +888,18 @@ def test_a_method_whose_name_is_no_folders_is_refused(name: str) -> None:
 
 # -- the commands ------------------------------------------------------------------------------
 
+
+def test_another_model_makes_other_runs_only_of_methods_that_ask_one() -> None:
+    """`--model` goes to those methods, over what else the study sets for them."""
+    study = Study("asked", methods=("l2m2", "rule-goals"), settings={"method": {"l2m2": {"llm_share": 0.5}}})
+    other = cli_studies._with_model(study, "hf:other")
+    assert [r.config.model for r in other.runs()[:2]] == ["hf:other", "smollm2-135m"]
+    assert other.runs()[0].config.llm_share == 0.5
+    same = [a.id == b.id for a, b in zip(study.runs(), other.runs(), strict=True)]
+    assert same == [False, True] * 3
+    assert study.settings == {"method": {"l2m2": {"llm_share": 0.5}}}
+
+
 REPRODUCE = [
     ("--sizess 3", "Unrecognized options: --sizess, 3; did you mean --sizes?"),
     ("--seeds a", "--seeds: 'a' is no whole number"),

@@ -66,6 +66,8 @@ class _StudyFlags:
     """These seeds instead of the study's."""
     steps: int | None = None
     """So many environment steps a training instead of the study's."""
+    model: str | None = None
+    """The language model of the methods that ask one, instead of the study's."""
     backend: Literal["pool", "ray"] = "pool"
     """Where runs are done: processes on this machine, or a Ray cluster."""
     workers: int | None = None
@@ -162,6 +164,8 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
         if getattr(flags, name) is not None
     }
     study = dataclasses.replace(study, **narrowed)
+    if flags.model is not None:
+        study = _with_model(study, flags.model)
     if flags.workers is not None and flags.workers < 1:
         raise EchelonError(f"--workers is {flags.workers}: it must be at least 1")
     if flags.price < 0:
@@ -213,6 +217,18 @@ def _needs_model(run: RunConfig) -> bool:
     from echelon.methods import method
 
     return method(run.method).needs_model(run.planner)
+
+
+def _with_model(study: Study, model: str) -> Study:
+    """The study with another language model; runs that ask none stay the same runs."""
+    from echelon.methods import method
+    from echelon.studies.spec import import_modules
+
+    import_modules(study.imports)
+    asking = [name for name in study.methods if method(name).needs_model()]
+    own = study.settings.get("method", {})
+    asked = {name: {**own.get(name, {}), "model": model} for name in asking}
+    return dataclasses.replace(study, settings={**study.settings, "method": {**own, **asked}})
 
 
 def _backend(flags: _StudyFlags, folder: Path) -> Backend:
