@@ -24,7 +24,10 @@ def success(cell: Cell) -> str:
 def makespan(cell: Cell) -> str:
     """Steps until an episode ends, failures at the limit."""
     m = cell["makespan"]
-    return "-" if m is None else f"{m['value']:.1f} ± {m['high'] - m['value']:.1f}"
+    if m is None:
+        return "-"
+    # One run has no interval.
+    return f"{m['value']:.1f}" + ("" if m["high"] is None else f" ± {m['high'] - m['value']:.1f}")
 
 
 def convergence(cell: Cell) -> str:
