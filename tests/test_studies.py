@@ -553,7 +553,7 @@ def test_the_time_left_is_what_is_left(yard: Path, tmp_path: Path, monkeypatch: 
             outcome = next(self._script)
             if outcome["status"] == "working":
                 told = {"stage": "training", "total": 8 * UPDATE, "info": "", **outcome}
-                Path(self.job["progress"]).write_text(json.dumps(told))
+                (Path(self.job["folder"]) / "progress.json").write_text(json.dumps(told))
                 return []
             (Path(self.job["folder"]) / "progress.json").unlink(missing_ok=True)
             return [(self.job["id"], {"reason": None, **outcome})]

@@ -123,6 +123,7 @@ def reproduce(args: list[str]) -> int:
 def report(args: list[str]) -> int:
     """`echelon report STUDY`."""
     from echelon._files import read_json
+    from echelon.studies.analysis import analyse
     from echelon.studies.engine import collect, replays_of
     from echelon.studies.spec import read_study
 
@@ -144,17 +145,19 @@ def report(args: list[str]) -> int:
         results = read_json(source, "study's results")
         if not isinstance(results, dict) or "runs" not in results:
             raise EchelonError(f"{source} holds no study's results")
-        print(_write(results, flags.out or source.parent, {}))
+        print(_write(results, analyse(results), flags.out or source.parent, {}))
         return 0
     if not (source / "study.toml").exists():
         raise EchelonError(f"{source} is no study: it has no study.toml")
     study = read_study(source / "study.toml")
-    print(_write(collect(study, source), flags.out or source, replays_of(study, source)))
+    results = collect(study, source)
+    print(_write(results, analyse(results), flags.out or source, replays_of(study, source)))
     return 0
 
 
 def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     from echelon.console import Stopper, Watch, console
+    from echelon.studies.analysis import analyse
     from echelon.studies.backends import cores
     from echelon.studies.engine import replays_of, run_study
 
@@ -205,8 +208,9 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
         left = f"stopped with {done} of {len(states)} runs finished"
         console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
         return 128 + stopper.signal
-    _summary(_analysis(results), results)
-    print(_write(results, folder, replays_of(study, folder)))
+    analysis = analyse(results)
+    _summary(analysis, results)
+    print(_write(results, analysis, folder, replays_of(study, folder)))
     if "pending" in states:
         left = f"{states.count('pending')} of {len(states)} runs are not done"
         console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
@@ -269,7 +273,7 @@ def _costs(study: Study, workers: int, price: float) -> str:
 
     runs = study.runs()
     header = ("method", "runs", "steps", "core-hours", "model calls", "model tokens", "price in USD")
-    rows = []
+    rows, cost = [], Cost()
     for name in (*study.methods, "all"):
         mine = [run for run in runs if name in (run.method, "all")]
         cost = sum((estimate(run.config, study.protocol) for run in mine), Cost())
@@ -280,24 +284,16 @@ def _costs(study: Study, workers: int, price: float) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in [header, *rows]]  # fmt: skip
-    total = sum((estimate(run.config, study.protocol) for run in runs), Cost())
-    lines.append(f"about {_time(total.seconds / workers)} with {workers} workers; estimates, right to a factor of two")
+    lines.append(f"about {_time(cost.seconds / workers)} with {workers} workers; estimates, right to a factor of two")
     return "\n".join(lines)
 
 
-def _analysis(results: dict[str, Any]) -> dict[str, Any]:
-    from echelon.studies.analysis import analyse
-
-    return analyse(results)
-
-
-def _write(results: dict[str, Any], folder: Path, replays: Mapping[str, Path]) -> Path:
+def _write(results: dict[str, Any], analysis: dict[str, Any], folder: Path, replays: Mapping[str, Path]) -> Path:
     """Everything that is made from a study's results; the report's path."""
     from echelon._files import atomic_write_json
     from echelon.evaluation.exports import marl_eval, write_csv, write_latex
     from echelon.reports.study import write_report
 
-    analysis = _analysis(results)
     atomic_write_json(folder / "analysis.json", analysis)
     atomic_write_json(folder / "marl_eval.json", marl_eval(results), compact=True)
     write_csv(results, analysis, folder / "tables")

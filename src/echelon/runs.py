@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import echelon
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.configs import RunConfig, read_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 
-__all__ = ["load_policy", "read_run", "run_costs", "steps_done"]
+__all__ = ["load_policy", "processor", "read_run", "run_costs", "steps_done", "versions"]
 
 
 def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None]:
@@ -84,3 +88,22 @@ def read_run(folder: Path) -> RunConfig:
     if not (folder / "config.toml").exists():
         raise EchelonError(f"{folder} is no run: it has no config.toml")
     return read_toml(folder / "config.toml")
+
+
+def versions() -> dict[str, str]:
+    """By what results are made here: Echelon, Python, torch and numpy."""
+    return {
+        "echelon": echelon.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def processor() -> str:
+    """This machine's processor, in its maker's words."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -23,10 +23,8 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
-import echelon
 from echelon._files import (
     JsonLines,
     atomic_write_json,
@@ -44,7 +42,7 @@ from echelon.llm.choice import CausalChoiceModel
 from echelon.methods import method
 from echelon.planners.llm import LLMPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
-from echelon.runs import load_policy, read_run
+from echelon.runs import load_policy, processor, read_run, versions
 from echelon.subgoals import Counts
 
 __all__ = ["Clock", "Progress", "Rollouts", "Trainer", "load_policy"]
@@ -450,12 +448,9 @@ def _tensorboard(folder: Path, step: int) -> Iterator[SummaryWriter]:
 
 def _versions() -> dict[str, str]:
     return {
-        "echelon": echelon.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        **versions(),
         "numba": numba.__version__,
         "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

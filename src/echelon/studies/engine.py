@@ -23,11 +23,11 @@ from echelon.checkpoints import FORMAT as CHECKPOINT_FORMAT
 from echelon.checkpoints import checkpoints_of
 from echelon.errors import EchelonError, StorageError
 from echelon.evaluation.protocol import FORMAT as PROTOCOL_FORMAT
-from echelon.runs import steps_done
+from echelon.runs import processor, steps_done, versions
 from echelon.studies.backends import Backend, cores
 from echelon.studies.costs import estimate
 from echelon.studies.spec import Study, StudyRun, study_to_toml
-from echelon.studies.work import FORMAT, forget_progress, job_of, processor, read_progress, versions
+from echelon.studies.work import FORMAT, forget_progress, job_of, read_progress
 
 __all__ = ["Matrix", "collect", "replays_of", "run_study"]
 

@@ -11,29 +11,27 @@ import dataclasses
 import errno
 import json
 import os
-import platform
 import shutil
 import time
+import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import echelon
 from echelon._files import atomic_write_json, explain_os_error, only_writer, read_json, remove_leftovers
 from echelon.building import forget_answers
 from echelon.checkpoints import checkpoints_of
 from echelon.configs import from_toml, to_toml
 from echelon.errors import BusyError, EchelonError, StorageError
 from echelon.evaluation.protocol import Protocol, run_by_protocol
+from echelon.runs import processor, versions
 from echelon.studies.spec import Study, StudyRun, import_modules
 
-__all__ = ["FORMAT", "execute", "forget_progress", "job_of", "processor", "read_progress", "versions"]
+__all__ = ["FORMAT", "execute", "forget_progress", "job_of", "read_progress"]
 
 FORMAT = 1
+PROGRESS = "progress.json"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # no fault of a run's
 # Seconds to wait for a run's folder: an orphan of a killed study leaves it after its next update. A network file
 # system keeps the hold of a node that died for longer (90 s is common), so that the run must be begun again.
@@ -57,7 +55,6 @@ def job_of(study: Study, run: StudyRun, folder: Path, stop: Path) -> dict[str, A
         "record": run.record,
         "imports": [str(Path(n).resolve()) if n.endswith(".py") else n for n in study.imports],
         "folder": str((folder / "runs" / run.id).resolve()),
-        "progress": str((folder / "runs" / run.id / "progress.json").resolve()),
         "stop": str(stop.resolve()),
     }
 
@@ -102,19 +99,17 @@ def execute(job: dict[str, Any], orphaned: Callable[[], bool] = lambda: False) -
             return _failed(job, folder, f"{type(error).__name__}: {error}", traceback.format_exc())
         finally:
             with contextlib.suppress(OSError):
-                Path(job["progress"]).unlink(missing_ok=True)
+                (folder / PROGRESS).unlink(missing_ok=True)
 
 
 def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    import tomllib
-
     import_modules(job["imports"])
     run = from_toml(tomllib.loads(job["config"]), f"run {job['id']}")
     # The trainer holds the run's folder while it trains; this holds it between, too.
     with only_writer(folder / ".job"):
         remove_leftovers(folder)
         start = time.time()
-        told = _Progress(Path(job["progress"]))
+        told = _Progress(folder / PROGRESS)
         protocol = Protocol(**job["protocol"])
         forget_answers()
         found = run_by_protocol(run, folder, protocol, record=job["record"], report=told, should_stop=should_stop)
@@ -160,35 +155,16 @@ class _Progress:
 
 def forget_progress(folder: Path) -> None:
     """Remove what an earlier attempt at the run in `folder`, which was killed, said of itself."""
-    for pattern in ("progress.json", "progress.*.part"):
+    for pattern in (PROGRESS, "progress.*.part"):
         for old in folder.glob(pattern):
             with contextlib.suppress(OSError):
                 old.unlink(missing_ok=True)
 
 
-def versions() -> dict[str, str]:
-    """By what results are made here: Echelon, Python, torch and numpy."""
-    return {
-        "echelon": echelon.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
-
-
-def processor() -> str:
-    """This machine's processor, in its maker's words."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """Where the run in `folder` says it is (`stage`, `done`, `total`, `info`), or None."""
     with contextlib.suppress(EchelonError, OSError):
-        told = read_json(folder / "progress.json", "progress")
+        told = read_json(folder / PROGRESS, "progress")
         if isinstance(told, dict) and {"stage", "done", "total", "info"} <= set(told):
             return told
     return None
