@@ -125,7 +125,8 @@ def run_mean(scores: Scores, noise: Sequence[float] | None = None) -> RunMean:
         3 runs a side, 3 tasks: 96.0% to 99.5%, and 93%
         3 runs alone, 1 or 3 tasks: 92.9% to 100%
 
-    (a percentile bootstrap of the same differences: 71% to 84% of 1 task, 78% to 87% of 3). No interval knows of what
+    (a percentile bootstrap of the same differences: 71% to 84% of 1 task, 78% to 87% of 3; a smaller set of such
+    comparisons is `benchmarks/interval_coverage.py`). No interval knows of what
     no run showed: a failure that befalls one training in five is in none of 3 runs half the time.
 
     Args:
