@@ -278,16 +278,14 @@ class TeamWorlds:
         assert tracker is not None
         agents = []
         note: dict[str, Any] = {}
+        told = [plan.notes(i) if plan.notes is not None else {} for plan, _, _ in rounds]
         for a in np.flatnonzero(request.need[i]):
             entry: dict[str, Any] = {"agent": int(a), "tries": int(tries[i, a])}
-            for plan, asked, verdict in rounds:
+            for (_, asked, verdict), words in zip(rounds, told, strict=True):
                 if asked[i, a]:
                     v = Verdict(int(verdict[i, a]))
                     entry["verdict"], entry["reason"] = v.name.lower(), None if v == 0 else v.reason
-                    if plan.notes is not None:
-                        told = plan.notes[i].get("agents", {}).get(int(a))
-                        if told:
-                            entry.update(told)
+                    entry.update(words.get("agents", {}).get(int(a), {}))
             if fallback[i, a]:
                 entry["refused"], entry["verdict"] = entry["verdict"], "fallback"
             kind, task = SubgoalKind(int(settled.kind[i, a])), int(settled.task[i, a])
@@ -297,9 +295,8 @@ class TeamWorlds:
                 subgoal=subgoal_text(kind, target, task),
             )  # fmt: skip
             agents.append(entry)
-        for plan, _, _ in rounds:
-            if plan.notes is not None:
-                note.update({k: v for k, v in plan.notes[i].items() if k != "agents"})
+        for words in told:
+            note.update({k: v for k, v in words.items() if k != "agents"})
         return PlanTrace(world, int(env.steps[world]), planner.name, agents, note, 1000 * took)
 
     # -- the whole state, for checkpoints --------------------------------------------------------

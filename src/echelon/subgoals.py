@@ -26,6 +26,8 @@ __all__ = [
     "FEATURES",
     "Counts",
     "Outcome",
+    "PAST",
+    "Past",
     "Plan",
     "PlanRequest",
     "Subgoal",
@@ -34,6 +36,9 @@ __all__ = [
     "SubgoalTracker",
     "Verdict",
 ]
+
+PAST = 4
+"""How many of an agent's last subgoals are remembered."""
 
 FEATURES = 20
 """What an executor sees of its subgoal, appended to its observation; see `SubgoalTracker`."""
@@ -127,6 +132,25 @@ class SubgoalConfig:
 
 
 @dataclass(frozen=True)
+class Past:
+    """One of an agent's earlier subgoals in this episode.
+
+    Attributes:
+        kind: what was asked; target: (row, col); task: its id or None.
+        outcome: what became of it; `ACTIVE` if another took its place while it was under way.
+        steps: how long it was in flight.
+        text: the subgoal in words.
+    """
+
+    kind: SubgoalKind
+    target: tuple[int, int]
+    task: int | None
+    outcome: Outcome
+    steps: int
+    text: str
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """What a planner is asked: some worlds, as arrays of n rows, one a world.
 
@@ -146,6 +170,9 @@ class PlanRequest:
         scene: the structured view of a world, built when asked for.
         text: a candidate in words: (row, agent, candidate, *, brief=False) -> str.
         row_col: a flat cell as (row, col); cell_index: (row, col) as a flat cell.
+        past: (row, agent) -> the agent's last subgoals of this episode, the newest last, at most `PAST`.
+        episode: int64 `(n,)`, how many episodes each world had before this one.
+        tick: steps that every world has made so far; steps: environment steps so far, counted over all worlds.
     """
 
     rows: NDArray[np.int64]
@@ -162,6 +189,10 @@ class PlanRequest:
     text: Callable[..., str]
     row_col: Callable[[int], tuple[int, int]]
     cell_index: Callable[[int, int], int]
+    past: Callable[[int, int], list[Past]]
+    episode: NDArray[np.int64]
+    tick: int = 0
+    steps: int = 0
 
     def where(self, i: int, a: int) -> tuple[int, int]:
         """The cell (row, col) of agent `a` in row `i`."""
@@ -181,13 +212,17 @@ class Plan:
         kind: int8, a `SubgoalKind`; anything else is a rejected form.
         cell: int32, the target as a flat index of the padded grid.
         task: int16, task id or -1.
-        notes: what a person wants to know of how it came about, one JSON-able mapping a row, or None.
+        probability: float32 `(n, A, C)`, the planner's probability of each candidate, where it has any: 0 for
+            candidates that it wasn't asked about, all 0 for agents that it wasn't asked about.
+        notes: what a person wants to know of how a row's plan came about, as a JSON-able mapping, or None. Called at
+            once or never, and only for rows that are recorded: it may be slow.
     """
 
     kind: NDArray[np.int8]
     cell: NDArray[np.int32]
     task: NDArray[np.int16]
-    notes: list[dict[str, Any]] | None = None
+    probability: NDArray[np.float32] | None = None
+    notes: Callable[[int], dict[str, Any]] | None = None
 
     @classmethod
     def empty(cls, request: PlanRequest) -> Plan:
@@ -236,6 +271,9 @@ class SubgoalTracker:
         ended: bool `(W, A)`, whose subgoal ended with the last step: reached, failed or too late, and to be
             replaced.
         need: bool `(W, A)`, who wants a new subgoal.
+        past: int32 `(W, A, PAST, 5)`, kind (-1: none), cell, task, outcome and steps of the last subgoals, newest
+            last.
+        tick: int64 `(W,)`, steps made; episode: int64 `(W,)`, episodes before the present one.
     """
 
     scale = np.array([1] * 8 + [1, 1, 1, 1 / 16, 1 / 16] + [1 / 32, 1 / 127] + [1] * 4 + [1], np.float32)
@@ -267,6 +305,9 @@ class SubgoalTracker:
         self.need = np.ones((W, A), bool)
         self.keys = spawn_keys(seed, (1,), W)
         self.counters = np.zeros(W, np.uint64)
+        self.past = np.full((W, A, PAST, 5), -1, np.int32)
+        self.tick = np.zeros(W, np.int64)
+        self.episode = np.zeros(W, np.int64)
         self.features = env.obs_buffer[:, :, env.obs_size :]
         self.counts = Counts()
         self.ended = np.zeros((W, A), bool)
@@ -280,6 +321,7 @@ class SubgoalTracker:
     def advance(self) -> None:
         """Judge the subgoals after `env.advance` (before `env.autoreset`): outcomes, rewards, features, needs."""
         env, c = self.env, self.config
+        self.tick += 1
         env.subgoals_open(self.kind, self.task, self._open)
         last = self.outcome.copy()
         mode = {"distance": 0, "potential": 1, "reached": 2}[c.intrinsic]
@@ -309,6 +351,8 @@ class SubgoalTracker:
         self.kind[which] = -1
         self.task[which] = -1
         self.need[which] = True
+        self.past[which] = -1
+        self.episode[which] += 1
 
     def write_features(self, which: NDArray[np.bool_]) -> None:
         """Write what executors see of their subgoals in the worlds `which` (bool `(W,)`)."""
@@ -320,10 +364,16 @@ class SubgoalTracker:
 
     # -- planning ------------------------------------------------------------------------------
 
-    def request(self, rows: NDArray[np.int64], *, distance: bool) -> PlanRequest:
-        """What a planner is asked for the worlds `rows` (int64 `(n,)`), fresh random bits included."""
+    def request(self, rows: NDArray[np.int64], *, distance: bool, need: NDArray[np.bool_] | None = None) -> PlanRequest:
+        """What a planner is asked for the worlds `rows` (int64 `(n,)`), fresh random bits included.
+
+        Args:
+            rows: the worlds.
+            distance: whether to measure the candidates' path lengths.
+            need: bool `(n, A)`, for whom; default: who wants a new subgoal.
+        """
         env = self.env
-        need = self.need[rows]
+        need = self.need[rows] if need is None else need
         keys = np.zeros(need.shape, np.uint64)
         kernels.draw(rows, self.keys, self.counters, keys)
         candidates = self.candidates(rows, keys)
@@ -338,8 +388,19 @@ class SubgoalTracker:
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
             np.zeros(candidates.kind.shape, bool), lambda: (env.grid[rows] & WALL) != 0, env.scene,
             lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief), env.row_col,
-            env.cell_index,
+            env.cell_index, lambda i, a: self.past_of(int(rows[i]), a), self.episode[rows], int(self.tick[0]),
+            int(self.tick[0]) * env.num_envs,
         )  # fmt: skip
+
+    def past_of(self, world: int, agent: int) -> list[Past]:
+        """The agent's last subgoals in this episode, the newest last."""
+        found = []
+        for kind, cell, task, outcome, steps in self.past[world, agent].tolist():
+            if kind >= 0:
+                k, target = SubgoalKind(kind), self.env.row_col(cell)
+                text = subgoal_text(k, target, task)
+                found.append(Past(k, target, task if task >= 0 else None, Outcome(outcome), steps, text))
+        return found
 
     def distances(self, request: PlanRequest, which: NDArray[np.bool_]) -> NDArray[np.uint16]:
         """As `PlanRequest.distance`, for the agents `which` (bool `(n, A)`)."""
@@ -420,6 +481,7 @@ class SubgoalTracker:
         """Put accepted subgoals into flight for the agents `which` (bool `(n, A)`)."""
         i, a = np.nonzero(which)
         w = request.rows[i]
+        self._remember(w, a)
         self.kind[w, a] = plan.kind[i, a]
         self.cell[w, a] = plan.cell[i, a]
         self.task[w, a] = plan.task[i, a]
@@ -429,6 +491,15 @@ class SubgoalTracker:
         self.deadline[w, a] = np.where(wait, self.config.wait, (self.config.slack * length).astype(np.int32) + 8)
         self.need[w, a] = False
         self.counts.given += len(i)
+
+    def _remember(self, w: NDArray[np.int64], a: NDArray[np.int64]) -> None:
+        """Put the subgoals of agents `a` of worlds `w`, which are about to be replaced, behind the earlier ones."""
+        # A wait tells nobody anything.
+        told = self.kind[w, a] > SubgoalKind.WAIT
+        w, a = w[told], a[told]
+        self.past[w, a, :-1] = self.past[w, a, 1:]
+        last = (self.kind, self.cell, self.task, self.outcome, self.age)
+        self.past[w, a, -1] = np.stack([x[w, a].astype(np.int32) for x in last], 1)
 
     def subgoal(self, world: int, agent: int) -> Subgoal | None:
         """The subgoal in flight of one agent, as an object."""
@@ -442,7 +513,8 @@ class SubgoalTracker:
 
     # -- the whole state, for checkpoints --------------------------------------------------------
 
-    _state = ("kind", "cell", "task", "age", "deadline", "outcome", "reward", "need", "keys", "counters")
+    _state = ("kind", "cell", "task", "age", "deadline", "outcome", "reward", "need", "keys", "counters",
+              "past", "tick", "episode")  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Everything that decides what happens next, as copies."""
@@ -451,6 +523,7 @@ class SubgoalTracker:
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Put back what `state_dict` gave; call it after the environment's own."""
         for name in self._state:
-            getattr(self, name)[...] = state[name]
+            if name in state:  # checkpoints of earlier versions know no `past`
+                getattr(self, name)[...] = state[name]
         # The path fields follow from the targets and the walls: megabytes that no checkpoint has to hold.
         kernels.fill_fields(self.field, self.kind, self.cell, self.env.grid, self.env.stride, self._queue)

@@ -104,7 +104,7 @@ class LLMPlanner:
                 self._take(request, taken, choice, i, a, best)
             notes[i]["agents"][a] = self._note(prompt, scores[q], options, best)
         plan = Plan.chosen(request, choice)
-        plan.notes = notes
+        plan.notes = notes.__getitem__
         if broken is not None:
             # No answer is an answer of bad form: sent back, then the fallback decides, and the run goes on.
             for i, a, _, _ in questions:
