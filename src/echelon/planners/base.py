@@ -6,12 +6,17 @@ class, and one line in `planners/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from echelon.subgoals import Plan, PlanRequest
 
-__all__ = ["Planner", "StatelessPlanner"]
+__all__ = ["Asking", "ModelPlanner", "Planner", "StatelessPlanner"]
 
 
 class Planner(Protocol):
@@ -52,3 +57,64 @@ class StatelessPlanner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to put back."""
+
+
+@dataclass
+class Asking:
+    """A plan under way: what is settled already, and what the model has yet to say.
+
+    Attributes:
+        request: what was asked.
+        plan: subgoals of the agents that need no answer from the model.
+        open: bool `(n, A)`, the agents that wait for it.
+        work: asks the model. It may run in another thread: it touches nothing of the planner but its model, and what
+            goes wrong there is part of the answers.
+        memo: the planner's own.
+    """
+
+    request: PlanRequest
+    plan: Plan
+    open: NDArray[np.bool_]
+    work: Callable[[], Any]
+    memo: Any
+
+
+class ModelPlanner(ABC):
+    """Base of planners that ask a model: a plan in three parts, so that the middle one can be done elsewhere."""
+
+    name: str
+    needs_distance = True
+    cost = "model"
+
+    @abstractmethod
+    def begin(self, request: PlanRequest, *, split: bool = False) -> Asking:
+        """Decide what needs no model, and prepare what the model is asked.
+
+        Args:
+            request: what is asked.
+            split: whether agents that need no answer are decided now, without waiting for those of their team that
+                do. Unless it is set, a team decides together.
+        """
+
+    @abstractmethod
+    def end(self, asking: Asking, answers: Any) -> Plan:
+        """The whole plan, made of what `asking.work` gave; of interest are the agents `asking.open`."""
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """All at once."""
+        asking = self.begin(request)
+        return self.end(asking, asking.work())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers between plans, JSON-able."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to put back
+        """Put back what `state_dict` gave."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What it remembers in arrays, by name."""
+        return {}
+
+    def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
+        """Put back what `arrays` gave, behind `load_state_dict`."""

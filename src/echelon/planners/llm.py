@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,31 +22,67 @@ from echelon.envs.kernels import UNREACHABLE
 from echelon.errors import EchelonError
 from echelon.llm.choice import ChoiceModel, ChoicePrompt, ChoiceScores
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, option_lines
-from echelon.subgoals import Plan, PlanRequest, SubgoalKind, Verdict
+from echelon.planners.base import Asking, ModelPlanner
+from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest, SubgoalKind, Verdict
 
-__all__ = ["LLMPlanner"]
+__all__ = ["PROMPTS", "LLMPlanner"]
 
 _BATCH = 64  # questions asked at a time: seconds, not minutes, between two looks at whether to stop
 PROMPTS = Path(__file__).parent / "prompts"
 _EACH = frozenset({"option", "what", "steps"})  # fields of a template that is about one option
+_RATED = frozenset({"what", "steps", "feedback"})  # a template of no others: its questions come again and again
 _WHICH = re.compile(r"[\d(),]+")  # ids and cells
+_TOOL = int(SubgoalKind.TOOL)
+_KINDS, _VERDICTS = len(SubgoalKind), len(Verdict)
+_STEPS = 1 << 16  # path lengths are below it
 
 
-class LLMPlanner:
+@dataclass
+class _Questions:
+    """What a request comes down to.
+
+    Attributes:
+        options: int64 `(n, A, most)`, the candidates that agents are asked about, -1 past the last.
+        count: int64 `(n, A)`, how many.
+        choice: int64 `(n, A)`, candidates that need no model; -1 for the others.
+        taken: bool `(n, T)`, tasks taken, those of `choice` too.
+        asked: bool `(n, A)`, agents whose choice is the model's.
+        codes: int64 `(n, A, most)`, the rated question about each option, -1 where there is none; None where the
+            template's questions are not of that kind.
+        words: by kind, what its subgoals are called.
+        prompts: what must be sent; fresh: its codes; of: the agents (row, agent) it is about, where not rated.
+        tokens: int64 `(n, A)`, tokens of an agent's questions, as far as they are answered.
+    """
+
+    options: NDArray[np.int64]
+    count: NDArray[np.int64]
+    choice: NDArray[np.int64]
+    taken: NDArray[np.bool_]
+    asked: NDArray[np.bool_]
+    codes: NDArray[np.int64] | None
+    words: dict[int, str]
+    prompts: list[ChoicePrompt]
+    fresh: NDArray[np.int64]
+    of: list[tuple[int, int]]
+    tokens: NDArray[np.int64]
+
+
+class LLMPlanner(ModelPlanner):
     """Scores every agent's open candidates with a model, all agents of all worlds in one batch.
 
     An agent with one open candidate needs no model. Where two agents want one task, the one that is surer of
     it gets it and the other its next best, or, if others took all that it was shown, the nearest that is left.
 
+    Where a question depends on a candidate's kind and path length alone (the shipped template), its answer is kept
+    in a table and never asked for again, so that after a few hundred questions a plan costs no model time at all.
+
     Attributes:
-        asked: agents for whom the model was asked; forced: agents that had only one open candidate.
+        asked: agents for whom the model chose; forced: agents that had only one open candidate; fresh: questions that
+            were not in the table.
         failures: times that the model gave no usable answer.
         between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
             so that a long plan can be stopped.
     """
-
-    needs_distance = True
-    cost = "model"
 
     def __init__(self, model: ChoiceModel, *, max_options: int = 8, folder: Path = PROMPTS) -> None:
         """Plan with `model`.
@@ -68,68 +106,151 @@ class LLMPlanner:
         self.template = PromptTemplate.from_file(folder / "choose.txt")
         if "options" in self.template.fields and (both := sorted(_EACH & self.template.fields)):
             raise EchelonError(f"{self.template.source}: it has {{options}} for all, so it can't have {{{both[0]}}}")
-        self.asked = self.forced = self.failures = 0
+        self._rated = bool(_EACH & self.template.fields) and self.template.fields <= _RATED
+        self._words: dict[str, int] = {}
+        # Odds of good against bad, and the tokens that they took, by words, verdict and steps; NaN: not asked yet.
+        self._odds = np.full((0, _VERDICTS, 0), np.nan)
+        self._tokens = np.zeros((0, _VERDICTS, 0), np.int32)
+        self.asked = self.forced = self.fresh = self.failures = 0
         self.between: Callable[[int, int], None] = lambda answered, questions: None
 
-    def plan(self, request: PlanRequest) -> Plan:
-        """The most probable candidates, no task twice; agents for whom none is open wait."""
+    # -- a plan in three parts -----------------------------------------------------------------
+
+    def begin(self, request: PlanRequest, *, split: bool = False) -> Asking:
+        """Choose what needs no model, and put the rest into questions."""
         assert request.distance is not None
-        choice = np.full(request.need.shape, -1, np.int64)
-        questions: list[tuple[int, int, NDArray[np.int64], ChoicePrompt]] = []
-        notes: list[dict[str, Any]] = [{"model": self.model.name, "agents": {}} for _ in request.rows]
-        taken = request.taken.copy()
-        for i, a in zip(*np.nonzero(request.need), strict=True):
-            options = self.open(request, taken, int(i), int(a))
-            if len(options) == 1:
-                self.forced += 1
-                notes[int(i)]["agents"][int(a)] = {"forced": True}
-                self._take(request, taken, choice, int(i), int(a), int(options[0]))
-            elif len(options) > 1:
-                questions.append((int(i), int(a), options, self.prompt(request, int(i), int(a), options)))
-        self.asked += len(questions)
-        scores, broken = self._ask([q[3] for q in questions])
-        if broken is not None:
-            for i, a, _, prompt in questions:
-                notes[i]["agents"][a] = {"prompt": prompt.text, "error": broken}
-        # The surest first, so that of two that want one task the surer gets it; of equals the first asked.
-        order = sorted(range(len(scores)), key=lambda q: -float(scores[q].logprobs.max()))
-        for q in order:
-            i, a, options, prompt = questions[q]
-            ranked = options[np.argsort(-scores[q].logprobs, kind="stable")]
-            best = next((int(c) for c in ranked if not self._is_taken(request, taken, i, a, int(c))), -1)
-            if best < 0 and len(left := self.open(request, taken, i, a)):
-                # Others took all that it was shown.
-                best = int(left[np.argmin(request.distance[i, a, left])])
-            if best >= 0:
-                self._take(request, taken, choice, i, a, best)
-            notes[i]["agents"][a] = self._note(prompt, scores[q], options, best)
-        plan = Plan.chosen(request, choice)
-        plan.notes = notes.__getitem__
-        if broken is not None:
-            # No answer is an answer of bad form: sent back, then the fallback decides, and the run goes on.
-            for i, a, _, _ in questions:
-                plan.kind[i, a] = -1
+        c, shape = request.candidates, (*request.need.shape, self.max_options)
+        options, choice = np.full(shape, -1, np.int64), np.full(request.need.shape, -1, np.int64)
+        count, taken = np.zeros(request.need.shape, np.int64), request.taken.copy()
+        _list_open(request.need, c.kind, c.task, request.distance, request.refused, taken, options, count, choice)
+        asked = count > 1
+        q = _Questions(options, count, choice, taken, asked, None, {}, [], np.empty(0, np.int64), [],
+                       np.zeros(request.need.shape, np.int64))  # fmt: skip
+        self.forced += int((count == 1).sum())
+        self.asked += int(asked.sum())
+        if self._rated:
+            unknown = self._rate(request, q)
+        else:
+            unknown = asked
+            q.of = [(int(i), int(a)) for i, a in zip(*np.nonzero(asked), strict=True)]
+            q.prompts = [self.prompt(request, i, a, options[i, a, : count[i, a]]) for i, a in q.of]
+        still = (unknown if split else asked) if unknown.any() else unknown
+        plan = self._choose(request, q, self._logprobs(q, []), asked & ~still, None)
+        return Asking(request, plan, still, lambda: self._ask(q.prompts), q)
+
+    def end(self, asking: Asking, answers: Any) -> Plan:
+        """The most probable candidates, no task twice; agents for whom none is open wait."""
+        if not asking.open.any():
+            return asking.plan
+        q, (scores, broken) = asking.memo, answers
+        self.failures += broken is not None
+        return self._choose(asking.request, q, self._logprobs(q, scores), asking.open, broken)
+
+    def _logprobs(self, q: _Questions, scores: list[ChoiceScores]) -> NDArray[np.float64]:
+        """Log-probabilities of each agent's options, with these answers to `q.prompts`; NaN where there is none yet."""
+        if q.codes is None:
+            logprobs = np.full(q.options.shape, np.nan)
+            for (i, a), s in zip(q.of, scores, strict=False):
+                logprobs[i, a, : len(s.logprobs)] = s.logprobs
+                q.tokens[i, a] = s.prompt_tokens
+            return logprobs
+        row, verdict, steps = _decode(q.fresh[: len(scores)])
+        # They are proportional to the options' odds, as in `ChoicePrompt.each`.
+        self._odds[row, verdict, steps] = [float(s.logprobs[0]) - float(s.logprobs[1]) for s in scores]
+        self._tokens[row, verdict, steps] = [s.prompt_tokens for s in scores]
+        asked = q.codes >= 0
+        at = _decode(np.where(asked, q.codes, 0))
+        q.tokens = np.where(asked, self._tokens[at], 0).sum(-1)
+        odds = np.where(asked, self._odds[at], -np.inf)
+        with np.errstate(invalid="ignore"):
+            shifted = odds - odds.max(-1, keepdims=True)
+            return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+    def _rate(self, request: PlanRequest, q: _Questions) -> NDArray[np.bool_]:
+        """Put the rated questions into codes; which agents have one whose answer isn't known, bool `(n, A)`."""
+        assert request.distance is not None
+        c = request.candidates
+        at = np.nonzero(q.options >= 0)
+        chosen = q.options[at]
+        kind = c.kind[at[0], at[1], chosen].astype(np.int64)
+        steps = request.distance[at[0], at[1], chosen].astype(np.int64)
+        row = np.zeros(_KINDS, np.int64)
+        for k in np.flatnonzero(np.bincount(kind, minlength=_KINDS)).tolist():
+            first = int(np.argmax(kind == k))
+            text = request.text(int(at[0][first]), int(at[1][first]), int(chosen[first]), brief=True)
+            q.words[k] = " ".join(_WHICH.sub(" ", text).split())
+            row[k] = self._words.setdefault(q.words[k], len(self._words))
+        self._grow(int(steps.max(initial=0)))
+        verdict = request.rejected[at[0], at[1]].astype(np.int64)
+        q.codes = np.full(q.options.shape, -1, np.int64)
+        q.codes[at] = codes = (row[kind] * _VERDICTS + verdict) * _STEPS + steps
+        known = ~np.isnan(self._odds[row[kind], verdict, steps])
+        unknown = np.zeros(q.asked.shape, bool)
+        unknown[at[0][~known], at[1][~known]] = True
+        unknown &= q.asked
+        needed = ~known & unknown[at[0], at[1]]
+        q.fresh, first_of = np.unique(codes[needed], return_index=True)
+        self.fresh += len(q.fresh)
+        for j in np.flatnonzero(needed)[first_of].tolist():
+            text = self._render({"what": q.words[int(kind[j])], "steps": int(steps[j]),
+                                 "feedback": _feedback(int(verdict[j]))})  # fmt: skip
+            q.prompts.append(ChoicePrompt(self.shared, text, ("good", "bad")))
+        return unknown
+
+    def _grow(self, steps: int) -> None:
+        """Make room in the table for every known word and so many steps."""
+        rows, most = len(self._words), self._odds.shape[2]
+        if rows > self._odds.shape[0] or steps >= most:
+            size = max(64, most)
+            while size <= steps:
+                size *= 2
+            odds, tokens = np.full((rows, _VERDICTS, size), np.nan), np.zeros((rows, _VERDICTS, size), np.int32)
+            odds[: self._odds.shape[0], :, :most], tokens[: self._odds.shape[0], :, :most] = self._odds, self._tokens
+            self._odds, self._tokens = odds, tokens
+
+    def _choose(
+        self,
+        request: PlanRequest,
+        q: _Questions,
+        logprobs: NDArray[np.float64],
+        who: NDArray[np.bool_],
+        broken: str | None,
+    ) -> Plan:
+        """The plan in which the agents `who` choose by these log-probabilities, the surest first."""
+        assert request.distance is not None
+        c = request.candidates
+        # No answer is an answer of bad form: sent back, then the fallback decides, and the run goes on.
+        unanswered = who & np.isnan(logprobs[..., 0])
+        who = who & ~unanswered
+        _join(who, q.options, q.count, logprobs, c.kind, c.task, request.distance, request.refused, q.taken, q.choice)
+        plan = Plan.chosen(request, q.choice)
+        plan.kind[unanswered] = -1
+        plan.probability = np.zeros(c.kind.shape, np.float32)
+        i, a, k = np.nonzero(who[..., None] & (q.options >= 0))
+        plan.probability[i, a, q.options[i, a, k]] = np.exp(logprobs[i, a, k])
+        plan.notes = lambda i: self._note(request, q, i, logprobs, broken)
         return plan
 
     def _ask(self, prompts: list[ChoicePrompt]) -> tuple[list[ChoiceScores], str | None]:
-        """The model's scores, or none and the reason why."""
+        """The model's scores up to its first failure, and the reason of that."""
         scores: list[ChoiceScores] = []
         for at in range(0, len(prompts), _BATCH):
             self.between(at, len(prompts))
             some = prompts[at : at + _BATCH]
             try:
-                scores += self.model.score(some)
-                good = len(scores) == at + len(some) and all(
+                answers = self.model.score(some)
+                good = len(answers) == len(some) and all(
                     len(s.logprobs) == len(p.options) and np.isfinite(s.logprobs).all()
-                    for s, p in zip(scores[at:], some, strict=True)
+                    for s, p in zip(answers, some, strict=True)
                 )
             except Exception as error:  # whatever a user's model or its server may raise: it must not stop the run
-                self.failures += 1
-                return [], f"{type(error).__name__}: {error}"
+                return scores, f"{type(error).__name__}: {error}"
             if not good:
-                self.failures += 1
-                return [], f"model {self.model.name} gave scores that don't fit its questions"
+                return scores, f"model {self.model.name} gave scores that don't fit its questions"
+            scores += answers
         return scores, None
+
+    # -- prompts and notes ---------------------------------------------------------------------
 
     def prompt(self, request: PlanRequest, i: int, a: int, options: NDArray[np.int64]) -> ChoicePrompt:
         """What the model is asked about agent `a` of row `i` with the candidates `options` (int64 `(k,)`)."""
@@ -137,10 +258,9 @@ class LLMPlanner:
         brief = [request.text(i, a, int(c), brief=True) for c in options]
         steps = [int(request.distance[i, a, c]) for c in options]
         words = tuple(f"{text}, {length} steps" for text, length in zip(brief, steps, strict=True))
-        verdict = Verdict(int(request.rejected[i, a]))
-        feedback = f"Your last choice was refused: {verdict.reason}.\n" if verdict else ""
         cell = request.where(i, a)
-        fields = {"robot": a, "cell": f"row {cell[0]}, column {cell[1]}", "feedback": Block(feedback)}
+        fields = {"robot": a, "cell": f"row {cell[0]}, column {cell[1]}",
+                  "feedback": _feedback(int(request.rejected[i, a]))}  # fmt: skip
         if not self.template.fields & _EACH:
             text = self._render({**fields, "options": option_lines(words)})
             return ChoicePrompt(self.shared, text, words)
@@ -157,45 +277,150 @@ class LLMPlanner:
     def open(self, request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int) -> NDArray[np.int64]:
         """The open candidates that agent `a` of row `i` is asked about, the nearest `max_options`, int64 `(k,)`."""
         assert request.distance is not None
-        c, lengths = request.candidates, request.distance[i, a]
-        usable = (c.kind[i, a] > 0) & (lengths != UNREACHABLE) & ~request.refused[i, a]
-        options = [int(k) for k in np.flatnonzero(usable) if not self._is_taken(request, taken, i, a, int(k))]
-        # As for `hungarian`: whoever can finish something is not asked about a tool, else robots go from rack to rack.
-        options = [k for k in options if c.kind[i, a, k] != SubgoalKind.TOOL] or options
-        nearest = sorted(options, key=lambda k: (int(lengths[k]), k))[: self.max_options]
-        return np.array(sorted(nearest), np.int64)
+        c, one = request.candidates, np.zeros((1, request.need.shape[1]), bool)
+        one[0, a] = True
+        options, choice = np.full((*one.shape, self.max_options), -1, np.int64), np.full(one.shape, -1, np.int64)
+        count = np.zeros(one.shape, np.int64)
+        _list_open(one, c.kind[i : i + 1], c.task[i : i + 1], request.distance[i : i + 1],
+                   request.refused[i : i + 1], taken[i : i + 1].copy(), options, count, choice)  # fmt: skip
+        return options[0, a, : count[0, a]]
 
-    @staticmethod
-    def _is_taken(request: PlanRequest, taken: NDArray[np.bool_], i: int, a: int, c: int) -> bool:
-        task = int(request.candidates.task[i, a, c])
-        return task >= 0 and bool(taken[i, task])
+    def _note(
+        self,
+        request: PlanRequest,
+        q: _Questions,
+        i: int,
+        logprobs: NDArray[np.float64],
+        broken: str | None,
+    ) -> dict[str, Any]:
+        """What a person wants to know of row `i`."""
+        agents: dict[int, dict[str, Any]] = {int(a): {"forced": True} for a in np.flatnonzero(q.count[i] == 1)}
+        for a in np.flatnonzero(q.asked[i]).tolist():
+            options = q.options[i, a, : q.count[i, a]]
+            prompt = self.prompt(request, i, a, options)
+            if np.isnan(logprobs[i, a, 0]):
+                agents[a] = {"prompt": prompt.text} | ({"error": broken} if broken is not None else {})
+                continue
+            chances = np.exp(logprobs[i, a, : len(options)]).round(4).tolist()
+            at = np.flatnonzero(options == q.choice[i, a])
+            agents[a] = {
+                "system": prompt.shared,
+                "prompt": prompt.text,
+                "options": [{"text": t, "probability": p} for t, p in zip(prompt.options, chances, strict=True)],
+                "chosen": int(at[0]) if len(at) else None,
+                "prompt_tokens": int(q.tokens[i, a]),
+            }
+        return {"model": self.model.name, "agents": agents}
 
-    @staticmethod
-    def _take(
-        request: PlanRequest, taken: NDArray[np.bool_], choice: NDArray[np.int64], i: int, a: int, c: int
-    ) -> None:
-        choice[i, a] = c
-        task = int(request.candidates.task[i, a, c])
-        if task >= 0 and request.is_exclusive(int(request.candidates.kind[i, a, c])):
-            taken[i, task] = True
-
-    @staticmethod
-    def _note(prompt: ChoicePrompt, scores: ChoiceScores, options: NDArray[np.int64], best: int) -> dict[str, Any]:
-        chances = np.exp(scores.logprobs).round(4).tolist()
-        at = np.flatnonzero(options == best)
-        return {
-            "system": prompt.shared,
-            "prompt": prompt.text,
-            "options": [{"text": t, "probability": p} for t, p in zip(prompt.options, chances, strict=True)],
-            "chosen": int(at[0]) if len(at) else None,
-            "prompt_tokens": scores.prompt_tokens,
-        }
+    # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Its counters."""
-        return {"asked": self.asked, "forced": self.forced, "failures": self.failures}
+        """Its counters, and the words of its table."""
+        return {"asked": self.asked, "forced": self.forced, "fresh": self.fresh, "failures": self.failures,
+                "words": list(self._words)}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.asked, self.forced = int(state["asked"]), int(state["forced"])
-        self.failures = int(state["failures"])
+        self.fresh, self.failures = int(state.get("fresh", 0)), int(state["failures"])
+        self._words = {str(word): row for row, word in enumerate(state.get("words", ()))}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The table: what is planned at once and what waits for the model depends on it."""
+        return {"odds": self._odds.copy(), "tokens": self._tokens.copy()}
+
+    def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `arrays` gave, behind `load_state_dict`."""
+        self._odds, self._tokens = arrays["odds"].copy(), arrays["tokens"].copy()
+
+
+def _decode(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The place in the table of rated questions: words, verdict, steps."""
+    return codes // _STEPS // _VERDICTS, codes // _STEPS % _VERDICTS, codes % _STEPS
+
+
+def _feedback(verdict: int) -> Block:
+    return Block(f"Your last choice was refused: {Verdict(verdict).reason}.\n" if verdict else "")
+
+
+@numba.njit(cache=True)
+def _is_open(c, kind, task, distance, refused, taken):  # type: ignore[no-untyped-def]
+    t = task[c]
+    return kind[c] > 0 and distance[c] != UNREACHABLE and not refused[c] and not (t >= 0 and taken[t])
+
+
+@numba.njit(cache=True)
+def _skips_tools(kind, task, distance, refused, taken):  # type: ignore[no-untyped-def]
+    """As for `hungarian`: who can finish something isn't asked about a tool, else robots go from rack to rack."""
+    skips = False
+    for c in range(kind.shape[0]):
+        skips |= kind[c] != _TOOL and _is_open(c, kind, task, distance, refused, taken)
+    return skips
+
+
+@numba.njit(cache=True)
+def _list_open(need, kind, task, distance, refused, taken, options, count, choice):  # type: ignore[no-untyped-def]
+    """Write each needing agent's nearest open candidates into `options`, in their order; a single one is chosen."""
+    most = options.shape[2]
+    for i in range(need.shape[0]):
+        for a in range(need.shape[1]):
+            if not need[i, a]:
+                continue
+            args = (kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i])
+            skip = _skips_tools(*args)
+            found = options[i, a]
+            n = 0
+            for c in range(kind.shape[2]):
+                if not _is_open(c, *args) or (skip and kind[i, a, c] == _TOOL):
+                    continue
+                # Sorted by length while they are collected; of equals the first comes first.
+                at = min(n, most)
+                while at > 0 and distance[i, a, found[at - 1]] > distance[i, a, c]:
+                    if at < most:
+                        found[at] = found[at - 1]
+                    at -= 1
+                if at < most:
+                    found[at] = c
+                    n = min(n + 1, most)
+            found[:n].sort()
+            count[i, a] = n
+            if n == 1:
+                choice[i, a] = found[0]
+                t = task[i, a, found[0]]
+                if t >= 0 and EXCLUSIVE[kind[i, a, found[0]]]:
+                    taken[i, t] = True
+
+
+@numba.njit(cache=True)
+def _join(who, options, count, logprobs, kind, task, distance, refused, taken, choice):  # type: ignore[no-untyped-def]
+    """Let the agents `who` choose, the surest first (of equals the first agent), so that no task is given twice."""
+    for i in range(who.shape[0]):
+        left = who[i].copy()
+        while True:
+            best, sure = -1, -np.inf
+            for a in range(left.shape[0]):
+                if left[a]:
+                    top = logprobs[i, a, : count[i, a]].max()
+                    if best < 0 or top > sure:
+                        best, sure = a, top
+            if best < 0:
+                break
+            a = best
+            left[a] = False
+            pick, most = -1, -np.inf
+            for k in range(count[i, a]):
+                c = options[i, a, k]
+                t = task[i, a, c]
+                if not (t >= 0 and taken[i, t]) and (pick < 0 or logprobs[i, a, k] > most):
+                    pick, most = c, logprobs[i, a, k]
+            if pick < 0:
+                # Others took all that it was shown.
+                args = (kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i])
+                skip = _skips_tools(*args)
+                for c in range(kind.shape[2]):
+                    nearer = pick < 0 or distance[i, a, c] < distance[i, a, pick]
+                    if nearer and _is_open(c, *args) and not (skip and kind[i, a, c] == _TOOL):
+                        pick = c
+            choice[i, a] = pick
+            if pick >= 0 and task[i, a, pick] >= 0 and EXCLUSIVE[kind[i, a, pick]]:
+                taken[i, task[i, a, pick]] = True
