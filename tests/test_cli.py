@@ -334,8 +334,9 @@ def test_l2m2_records_its_plans(tiny_model: str, place: Path) -> None:
     """A language model's prompts, options and verdicts are in the run's plans and in its replay."""
     arguments = ["train", "--method", "l2m2", "--model", tiny_model, *TINY, "--eval-episodes", "2", "--out", "run"]
     assert main(arguments) == 0
-    plans = [json.loads(line) for line in Path("run/plans.jsonl").read_text().splitlines()]
-    assert plans and all(plan["planner"].startswith("llm:") and plan["world"] == 0 for plan in plans)
+    lines = [json.loads(line) for line in Path("run/plans.jsonl").read_text().splitlines()]
+    plans = [line for line in lines if "planner" in line]
+    assert len(plans) < len(lines) and all(plan["planner"].startswith("llm:") and plan["world"] == 0 for plan in plans)
     assert json.loads(Path("run/evaluation.json").read_text())["plans"]["model_prompts"] > 0
     assert any(p.prompt for e in load_replay(Path("run/replays/evaluation.json")).episodes for p in e.plans)
 

@@ -28,7 +28,7 @@ from echelon.evaluation.protocol import Protocol
 from echelon.flags import run_flags
 from echelon.studies import Study, presets, read_study, run_study
 from echelon.studies.work import execute
-from echelon.subgoals import SubgoalConfig
+from echelon.subgoals import BESIDE, SubgoalConfig
 from echelon.training import Trainer
 from tiny_model import make_tiny_model
 
@@ -412,7 +412,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
-    written: set[str] = set()
+    written = {f"subgoals_{name}" for name in BESIDE}
     for name in ("flat-mappo", "l2m2", "qmix"):
         written |= {field for line in lines_of(model_run / name / "metrics.jsonl") for field in line}
     assert written == names(section("docs/files.md", "metrics.jsonl"))
@@ -428,9 +428,13 @@ def test_timings_fields_are_those_of_the_docs(model_run: Path) -> None:
 def test_plan_fields_are_those_of_the_docs(model_run: Path) -> None:
     plans = lines_of(model_run / "l2m2" / "plans.jsonl")
     text = section("docs/files.md", "plans.jsonl")
-    head, entries = text.split("An entry of `agents`")
-    assert all(set(plan) == names(head) for plan in plans)
-    assert {field for plan in plans for agent in plan["agents"] for field in agent} <= names(entries)
+    record, people = text.split("**For people**")
+    head, entries = people.split("An entry of `agents`")
+    told = [plan for plan in plans if "subgoals" not in plan]
+    assert all(set(plan) == names(head) for plan in told)
+    assert {field for plan in told for agent in plan["agents"] for field in agent} <= names(entries)
+    kept = [plan for plan in plans if "subgoals" in plan]
+    assert kept and {field for plan in kept for field in plan} <= names(record)
 
 
 def test_run_files_are_those_of_the_docs(model_run: Path) -> None:

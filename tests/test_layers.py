@@ -21,7 +21,7 @@ LAYERS = [
     {"planners"},
     {"advantages", "networks", "buffers", "mixing", "pibt"},
     {"algorithms"},
-    {"methods", "configs", "rollout", "executors", "checkpoints", "building", "runs", "training"},
+    {"methods", "configs", "pending", "rollout", "executors", "checkpoints", "building", "runs", "training"},
     {"evaluation"},
     {"studies"},
     {"reports"},
@@ -33,7 +33,7 @@ SHARED = {
     "planners": {"base"},
     "algorithms": {"base"},
 }
-SEVENTH = {"methods", "configs", "rollout", "executors", "checkpoints", "building", "runs", "training"}
+SEVENTH = {"methods", "configs", "pending", "rollout", "executors", "checkpoints", "building", "runs", "training"}
 ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels"}
 FORBIDDEN = {
     "envs": {"torch", "transformers"},

@@ -6,21 +6,22 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from echelon.algorithms import Algorithm, create
-from echelon.configs import RunConfig
+from echelon.configs import PlanningConfig, RunConfig
 from echelon.envs import env_name, make
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
 from echelon.llm.choice import CausalChoiceModel
 from echelon.methods import method
 from echelon.networks import Precision, resolve_precision
 from echelon.planners import Planner, make_rule_planner
-from echelon.planners.llm import LLMPlanner
+from echelon.planners.base import ModelPlanner
+from echelon.planners.llm import PROMPTS, LLMPlanner
 from echelon.planners.recorded import RecordedPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.subgoals import FEATURES
@@ -73,13 +74,16 @@ def use_threads(config: RunConfig) -> None:
 
 def build_planner(spec: str, config: RunConfig) -> Planner:
     """The planner of that name; "llm" alone stands for the configured model."""
-    if spec == "llm":
-        return LLMPlanner(model_of(config.model))
-    if spec.startswith("llm:"):
-        return LLMPlanner(model_of(spec[4:]))
+    if spec == "llm" or spec.startswith("llm:"):
+        return _model_planner(config.model if spec == "llm" else spec[4:], config.planning)
     if spec.startswith("record:"):
         return RecordedPlanner(Path(spec.removeprefix("record:")))
     return make_rule_planner(spec)
+
+
+def _model_planner(spec: str, planning: PlanningConfig) -> ModelPlanner:
+    folder = Path(planning.prompts) if planning.prompts else PROMPTS
+    return LLMPlanner(model_of(spec), max_options=planning.max_options, folder=folder)
 
 
 def build_worlds(
@@ -90,6 +94,7 @@ def build_worlds(
     training: bool,
     on_plan: Callable[[PlanTrace], None] | None = None,
     trace_all: bool = False,
+    on_subgoals: Callable[[dict[str, Any]], None] | None = None,
 ) -> TeamWorlds:
     """The worlds of a run with its planners.
 
@@ -98,7 +103,7 @@ def build_worlds(
         num_envs: worlds in the batch.
         seed: root seed of the worlds and of what planners draw.
         training: while training, a language model plans only its share of the worlds.
-        on_plan, trace_all: see `TeamWorlds`.
+        on_plan, trace_all, on_subgoals: see `TeamWorlds`.
     """
     kind = method(config.method)
     spec = kind.train_planner if training else kind.eval_planner
@@ -127,6 +132,11 @@ def build_worlds(
         collision_cost=config.collision_cost,
         on_plan=on_plan,
         trace_all=trace_all,
+        on_subgoals=on_subgoals,
+        # An evaluation is of the plans, not of the machine's speed: only a lag that is a setting is kept.
+        beside=config.planning.timing == "lag" or (training and config.planning.timing == "free"),
+        lag=config.planning.lag if config.planning.timing == "lag" else None,
+        threads=config.planning.rounds,
     )
 
 

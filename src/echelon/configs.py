@@ -11,15 +11,62 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from echelon.algorithms import AlgorithmConfig, config_of
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import method
-from echelon.subgoals import SubgoalConfig
+from echelon.subgoals import PAST, SubgoalConfig
 
-__all__ = ["RunConfig", "from_toml", "read_toml", "read_toml_file", "to_toml", "toml_line", "typed"]
+__all__ = ["PlanningConfig", "RunConfig", "from_toml", "read_toml", "read_toml_file", "to_toml", "toml_line", "typed"]
+
+
+@dataclass(frozen=True)
+class PlanningConfig:
+    """How a language model plans, and when. All defaults are our choice."""
+
+    decide: Literal["auto", "score", "generate"] = "auto"
+    """score: probabilities of the candidates, in this process; generate: the model writes the team's plan as JSON;
+    auto: score where the model is in this process, else generate."""
+    ask: Literal["team", "agent"] = "team"
+    """Generating: one question for the whole team, or one an agent."""
+    prompts: str = ""
+    """A folder with prompt templates of your own; default: the shipped ones."""
+    max_options: int = 8
+    """Most candidates that an agent is asked about, the nearest ones."""
+    max_tokens: int = 256
+    """Generating: the longest reply, in tokens."""
+    memory: int = 2
+    """Generating: how many of a robot's last subgoals, with their outcomes, the prompt tells (0 to 4)."""
+    reflect: bool = False
+    """Generating: after a failed subgoal, ask what went wrong, and tell the answer in later prompts."""
+    timing: Literal["wait", "lag", "free"] = "wait"
+    """wait: the worlds stand still while the model plans; lag: they go on, and a plan is used exactly `lag` steps
+    later (results don't depend on how fast the model is); free: as soon as it is there (they do)."""
+    lag: int = 8
+    """Steps until a plan is used, with the timing `lag`."""
+    rounds: int = 1
+    """Planning rounds that the model works on side by side, with the timings `lag` and `free`."""
+    cache: str = ""
+    """Plan cache: a file that several runs may share, or memory; default: none."""
+    traced: int = 4
+    """Worlds whose plans are told in full in plans.jsonl, with prompts; the record holds those of all."""
+
+    def __post_init__(self) -> None:
+        for name, good, need in (
+            ("max_options", 2 <= self.max_options <= 26, "2 to 26"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("memory", 0 <= self.memory <= PAST, f"0 to {PAST}"),
+            ("lag", self.lag >= 0, "at least 0"),
+            ("rounds", self.rounds >= 1, "at least 1"),
+            ("traced", self.traced >= 0, "at least 0"),
+        ):
+            if not good:
+                raise EchelonError(f"planning.{name} is {getattr(self, name)}: it must be {need}")
+        for name, hint in typing.get_type_hints(PlanningConfig).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                raise unknown_name(f"planning.{name}", str(getattr(self, name)), typing.get_args(hint))
 
 
 @dataclass(frozen=True)
@@ -58,6 +105,8 @@ class RunConfig:
     """When agents get new subgoals, and what they are worth; default: the method's own."""
     algorithm: AlgorithmConfig = cast(AlgorithmConfig, None)  # noqa: RUF009
     """How executors learn; default: as the method's algorithm does by default."""
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
+    """How a language model plans, and when."""
 
     def __post_init__(self) -> None:
         classes = _tables(self.method)
@@ -76,6 +125,7 @@ class RunConfig:
             (self.env, "env."),
             (self.subgoals, "subgoals."),
             (self.algorithm, "algorithm."),
+            *((getattr(self, name), f"{name}.") for name in PLAIN_TABLES),
         ):
             for f in dataclasses.fields(part):
                 value = getattr(part, f.name)
@@ -111,6 +161,10 @@ class RunConfig:
     def model_spec(self) -> str:
         """The language model that takes part, where one does: the planner's own, else `model`."""
         return self.planner[4:] if self.planner is not None and self.planner.startswith("llm:") else self.model
+
+
+PLAIN_TABLES: dict[str, type[Any]] = {"planning": PlanningConfig}
+"""Tables of settings that are the same for every method."""
 
 
 def _tables(name: str) -> dict[str, type[Any]]:
@@ -175,7 +229,7 @@ def from_toml(data: dict[str, Any], source: str = "config") -> RunConfig:
         raise unknown_name("environment", str(name), known)
     kind = method(str(data.get("method", RunConfig.method)))
     values: dict[str, Any] = {}
-    for key, cls in {"env": known[name], **_tables(kind.name)}.items():
+    for key, cls in {"env": known[name], **_tables(kind.name), **PLAIN_TABLES}.items():
         table = data.pop(key, {})
         if not isinstance(table, dict):
             raise EchelonError(f"{source}: {key} must be a table, [{key}]")

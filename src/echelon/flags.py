@@ -27,7 +27,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from echelon.configs import RunConfig, from_toml, read_toml
+from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml
 from echelon.envs import GridConfig, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import methods
@@ -182,6 +182,7 @@ def run_flags(
             ("env", type(env), dataclasses.field(default_factory=type(env))),
             ("subgoals", SubgoalConfig, dataclasses.field(default_factory=SubgoalConfig)),
             ("algorithm", type(base.algorithm), dataclasses.field(default_factory=type(base.algorithm))),
+            *((name, cls, dataclasses.field(default_factory=cls)) for name, cls in PLAIN_TABLES.items()),
         ],
         bases=(extra, RunConfig),
         frozen=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echelon.envs.base import GridEnv, SubgoalKind, subgoal_text
-from echelon.planners.base import Planner
+from echelon.pending import PendingPlans, Ticket
+from echelon.planners.base import ModelPlanner, Planner
 from echelon.planners.nearest import nearest_choice
-from echelon.subgoals import Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
+from echelon.planners.recorded import RecordedPlanner
+from echelon.subgoals import Counts, Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
 
 __all__ = ["Episodes", "PlanTrace", "TeamWorlds"]
 
@@ -80,7 +83,8 @@ class TeamWorlds:
         cut: bool `(W, A)`, where an executor's own task ended with its subgoal in the last step.
         begins: bool `(W,)`, worlds whose episode began with the last step.
         active: bool `(W,)`, the worlds that are planned for at all; change it to leave some out.
-        traced: only worlds below this index are traced; None: all.
+        traced: only worlds below this index are traced, except for planners whose every plan is; None: all.
+        pending: the plans of the first planner that are made beside the simulation, or None.
         team_reward: whether all agents of a team always get the same reward.
     """
 
@@ -95,6 +99,10 @@ class TeamWorlds:
         collision_cost: float = 0.0,
         on_plan: Callable[[PlanTrace], None] | None = None,
         trace_all: bool = False,
+        on_subgoals: Callable[[dict[str, Any]], None] | None = None,
+        beside: bool = False,
+        lag: int | None = None,
+        threads: int = 1,
     ) -> None:
         """Join worlds and planners.
 
@@ -108,6 +116,10 @@ class TeamWorlds:
                 team, whose reward is the team's, shared by all.
             on_plan: called with each planning round of planners that cost model time (or all: `trace_all`).
             trace_all: trace the plans of cheap planners too.
+            on_subgoals: called with a line of the record for each step at which planners that cost model time were
+                asked, or their late plans used: what a run needs to be repeated without them.
+            beside: let the first planner's model work beside the simulation: agents that wait for it do what is
+                nearest meanwhile. `lag` and `threads`: see `PendingPlans`.
         """
         self.env, self.config, self.planners = env, config, list(planners)
         self.on_plan, self.trace_all, self.collision_cost = on_plan, trace_all, collision_cost
@@ -125,6 +137,11 @@ class TeamWorlds:
         self._sums = np.zeros((3, W))
         self.episodes = Episodes()
         self.plan_time = {p.name: PlanTime() for p, _ in self.planners}
+        self.on_subgoals = on_subgoals
+        first = self.planners[0][0] if planners else None
+        self.pending: PendingPlans | None = None
+        if beside and isinstance(first, ModelPlanner):
+            self.pending = PendingPlans(first, (W, A), lag=lag, threads=threads)
 
     def start(self) -> None:
         """Plan the first subgoals: once, before the first step (not after `load_state_dict`)."""
@@ -165,6 +182,8 @@ class TeamWorlds:
         if self.tracker is not None:
             if done.any():
                 self.tracker.forget(done)
+                if self.pending is not None:
+                    self.pending.waits[done] = -1
             self.replan()
         return done
 
@@ -190,10 +209,11 @@ class TeamWorlds:
     # -- planning ------------------------------------------------------------------------------
 
     def replan(self) -> None:
-        """Ask the planners for the agents that need a subgoal, check what they say, and put it into flight."""
+        """Use the plans that came, then ask the planners for the agents that need a subgoal."""
         tracker = self.tracker
         if tracker is None:
             return
+        self._use_late()
         needing = tracker.need.any(1) & self.active
         if not needing.any():
             return
@@ -203,18 +223,51 @@ class TeamWorlds:
                 self._plan(planner, rows)
         tracker.write_features(needing)
 
+    def finish_plans(self) -> None:
+        """Wait for all plans under way, if they have a lag, and use them: nothing is left that a checkpoint lacks.
+
+        Plans without a lag go on: a run that resumes from a checkpoint asks anew.
+        """
+        if self.pending is not None and self.pending.lag is not None:
+            self._use_late(everything=True)
+
+    def close(self) -> None:
+        """End the threads that plan beside the simulation."""
+        if self.pending is not None:
+            self.pending.close()
+
     def _plan(self, planner: Planner, rows: NDArray[np.int64]) -> None:
         tracker = self.tracker
         assert tracker is not None
         start = time.perf_counter()
+        before = _told(tracker.counts)
         # The fallback needs path lengths too, but only when it is asked.
         request = tracker.request(rows, distance=planner.needs_distance)
-        trace = self.on_plan is not None and (self.trace_all or planner.cost == "model")
+        settled = Plan.empty(request)
+        if self.pending is not None and planner is self.pending.planner:
+            rounds, todo, tries = self._plan_beside(self.pending, request, settled)
+        else:
+            rounds, todo, tries = self._plan_now(planner, request, settled)
+        tracker.assign(request, settled, request.need)
+        took = time.perf_counter() - start
+        spent = self.plan_time[planner.name]
+        spent.seconds += took
+        spent.rounds += len(rows)
+        self._log(planner, rows, settled, request.need, before)
+        if self.on_plan is not None and (self.trace_all or planner.cost == "model"):
+            for i, w in enumerate(rows):
+                if self.traced is not None and w >= self.traced and not getattr(planner, "tells_all", False):
+                    break
+                self.on_plan(self._trace(planner, request, rounds, settled, todo, tries, i, int(w), took))
+
+    def _plan_now(self, planner: Planner, request: PlanRequest, settled: Plan) -> _Told:
+        """Ask, check, send back what was refused, then fall back; into `settled`."""
+        tracker = self.tracker
+        assert tracker is not None
         todo = request.need.copy()
         verdict = np.zeros(todo.shape, np.int8)
         tries = np.zeros(todo.shape, np.int8)
         rounds: list[tuple[Plan, NDArray[np.bool_], NDArray[np.int8]]] = []
-        settled = Plan.empty(request)
         for attempt in range(self.config.retries + 1):
             if attempt:
                 tracker.counts.retried += int(todo.sum())
@@ -223,31 +276,138 @@ class TeamWorlds:
             verdict = tracker.check(request, plan, todo)
             accepted = todo & (verdict == Verdict.ACCEPTED)
             _merge(settled, plan, accepted)
-            if trace:
-                rounds.append((plan, todo.copy(), verdict.copy()))
+            rounds.append((plan, todo.copy(), verdict.copy()))
+            tracker.counts.add(plan.counts)
             todo &= ~accepted
             tries += todo
             if not todo.any():
                 break
             _mark_refused(request, plan, todo)
         if todo.any():
+            tracker.counts.fallback += int(todo.sum())
             self._fall_back(request, settled, todo)
-        tracker.assign(request, settled, request.need)
-        took = time.perf_counter() - start
-        spent = self.plan_time[planner.name]
-        spent.seconds += took
-        spent.rounds += len(rows)
-        if trace and self.on_plan is not None:
-            for i, w in enumerate(rows):
-                if self.traced is not None and w >= self.traced:
-                    break
-                self.on_plan(self._trace(planner, request, rounds, settled, todo, tries, i, int(w), took))
+        return rounds, todo, tries
 
-    def _fall_back(self, request: PlanRequest, settled: Plan, todo: NDArray[np.bool_]) -> None:
-        """For agents whose proposals were all refused: the nearest open candidate, else wait."""
+    def _plan_beside(self, pending: PendingPlans, request: PlanRequest, settled: Plan) -> _Told:
+        """Settle who needs no model, give the others something to do, and let the model work on their plans."""
         tracker = self.tracker
         assert tracker is not None
-        tracker.counts.fallback += int(todo.sum())
+        i, a = np.nonzero(request.need)
+        pending.waits[request.rows[i], a] = -1
+        asking = pending.planner.begin(request, split=True)
+        now = request.need & ~asking.open
+        verdict = tracker.check(request, asking.plan, now)
+        refused = now & (verdict != Verdict.ACCEPTED)
+        _merge(settled, asking.plan, now & ~refused)
+        tracker.counts.fallback += int(refused.sum())
+        if asking.open.any():
+            tracker.counts.provisional += int(asking.open.sum())
+            if pending.busy:
+                tracker.counts.skipped += int(asking.open.sum())
+            else:
+                pending.ask(asking, request.tick)
+        if (todo := refused | asking.open).any():
+            self._fall_back(request, settled, todo)
+        return [(asking.plan, now, verdict)], refused, refused.astype(np.int8)
+
+    def _use_late(self, *, everything: bool = False) -> None:
+        """Check the plans that came against the scene of now, and put the good ones in the place of what agents do."""
+        tracker, pending = self.tracker, self.pending
+        assert tracker is not None
+        tick = int(tracker.tick[0])
+        for planner, _ in self.planners:
+            if isinstance(planner, RecordedPlanner):
+                for rows, plan, which in planner.late(tick, tracker.kind.shape[1]):
+                    self._replace(planner, rows, plan, which)
+        for ticket in pending.due(tick, everything=everything) if pending is not None else ():
+            self._use(ticket, tick)
+
+    def _use(self, ticket: Ticket, tick: int) -> None:
+        pending, tracker = self.pending, self.tracker
+        assert pending is not None and tracker is not None
+        start, answers = time.perf_counter(), ticket.future.result()
+        spent = self.plan_time[pending.planner.name]
+        before = _told(tracker.counts)
+        asked, still = ticket.asking.request, pending.waiting(ticket)
+        tracker.counts.late_outdated += int((ticket.asking.open & ~still).sum())
+        if isinstance(answers, Exception):
+            tracker.counts.late_refused += int(still.sum())
+            still[:] = False
+            plan = Plan.empty(asked)
+        else:
+            plan = pending.planner.end(ticket.asking, answers)
+        tracker.counts.late_steps += (tick - ticket.tick) * int(still.sum())
+        self._replace(pending.planner, asked.rows, plan, still, before)
+        spent.seconds += time.perf_counter() - start
+
+    def _replace(
+        self,
+        planner: Planner,
+        rows: NDArray[np.int64],
+        plan: Plan,
+        which: NDArray[np.bool_],
+        before: dict[str, int] | None = None,
+    ) -> None:
+        """Give the agents `which` (bool `(n, A)`) of the worlds `rows` their late plan, where it fits the scene."""
+        tracker = self.tracker
+        assert tracker is not None
+        before = _told(tracker.counts) if before is None else before
+        put = np.zeros_like(which)
+        if which.any():
+            # The check writes path fields, which who keeps what it has still needs.
+            i, a = np.nonzero(which)
+            fields = tracker.field[rows[i], a].copy()
+            # Who is refused keeps its task, which another may have been given for it: so once more without it.
+            good, asked = which, int(which.sum())
+            while good.any():
+                request = tracker.request(rows, distance=False, again=good)
+                verdict = tracker.check(request, plan, good)
+                if not (refused := good & (verdict != Verdict.ACCEPTED)).any():
+                    had = (tracker.kind[rows], tracker.cell[rows], tracker.task[rows])
+                    # Who does it already goes on as it is, with the time that is left.
+                    put = good & ~((had[0] == plan.kind) & (had[1] == plan.cell) & (had[2] == plan.task))
+                    break
+                good = good & ~refused
+            kept = ~put[i, a]
+            tracker.field[rows[i[kept]], a[kept]] = fields[kept]
+            if put.any():
+                tracker.assign(request, plan, put)
+                changed = np.zeros(len(tracker.kind), bool)
+                changed[rows[put.any(1)]] = True
+                tracker.write_features(changed)
+            tracker.counts.late += int(good.sum())
+            tracker.counts.late_refused += asked - int(good.sum())
+        tracker.counts.add(plan.counts)
+        self._log(planner, rows, plan, put, before, late=True)
+
+    def _log(
+        self,
+        planner: Planner,
+        rows: NDArray[np.int64],
+        plan: Plan,
+        which: NDArray[np.bool_],
+        before: dict[str, int],
+        *,
+        late: bool = False,
+    ) -> None:
+        """A line of the record: who got what, and what was counted on the way."""
+        tracker = self.tracker
+        assert tracker is not None
+        if self.on_subgoals is None or planner.cost != "model":
+            return
+        i, a = np.nonzero(which)
+        got = (rows[i], a, plan.kind[i, a], plan.cell[i, a], plan.task[i, a])
+        packed = np.stack([np.asarray(x, "<i4") for x in got], 1)
+        counted = {k: v - before[k] for k, v in _told(tracker.counts).items() if v != before[k]}
+        if late and not counted:
+            return
+        line = {"tick": int(tracker.tick[0]), "subgoals": base64.b64encode(packed.tobytes()).decode("ascii")}
+        self.on_subgoals(line | ({"late": True} if late else {}) | ({"counts": counted} if counted else {}))
+
+    def _fall_back(self, request: PlanRequest, settled: Plan, todo: NDArray[np.bool_]) -> None:
+        """For agents whom no planner gave anything: the nearest open candidate, else wait."""
+        tracker = self.tracker
+        assert tracker is not None
         lengths = request.distance
         if lengths is None:
             lengths = tracker.distances(request, todo)
@@ -306,6 +466,9 @@ class TeamWorlds:
         state = {f"env.{k}": v for k, v in self.env.state_dict().items()}
         if self.tracker is not None:
             state |= {f"tracker.{k}": v for k, v in self.tracker.state_dict().items()}
+        for n, (planner, _) in enumerate(self.planners):
+            if isinstance(planner, ModelPlanner):
+                state |= {f"planner.{n}.{k}": v for k, v in planner.arrays().items()}
         return state | {"begins": self.begins.copy(), "sums": self._sums.copy()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -315,6 +478,24 @@ class TeamWorlds:
             self.tracker.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("tracker.")})
         self.begins = state["begins"].copy()
         self._sums[:] = state["sums"]
+        for n, (planner, _) in enumerate(self.planners):
+            own = {k.removeprefix(f"planner.{n}."): v for k, v in state.items() if k.startswith(f"planner.{n}.")}
+            if own and isinstance(planner, ModelPlanner):
+                planner.load_arrays(own)
+
+
+_Told = tuple[list[tuple[Plan, NDArray[np.bool_], NDArray[np.int8]]], NDArray[np.bool_], NDArray[np.int8]]
+"""How a round went: each plan with who was asked and the verdicts, who got the fallback, how many tries each took."""
+
+
+def _told(counts: Counts) -> dict[str, int]:
+    """The counts that only planning changes and that a record must tell, by name."""
+    rejected = {f"rejected_{k}": v for k, v in counts.rejected.items()}
+    return {k: v for k, v in vars(counts).items() if k not in _OWN} | rejected
+
+
+# What a repeated run counts by itself.
+_OWN = frozenset({"given", "reached", "failed", "timed_out", "rejected"})
 
 
 def _mark_refused(request: PlanRequest, plan: Plan, which: NDArray[np.bool_]) -> None:

@@ -21,6 +21,7 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.rng import spawn_keys
 
 __all__ = [
+    "BESIDE",
     "DIRECTIONS",
     "EXCLUSIVE",
     "FEATURES",
@@ -214,6 +215,7 @@ class Plan:
         task: int16, task id or -1.
         probability: float32 `(n, A, C)`, the planner's probability of each candidate, where it has any: 0 for
             candidates that it wasn't asked about, all 0 for agents that it wasn't asked about.
+        counts: what of `Counts` a record tells of how its plans came about; empty for everybody else.
         notes: what a person wants to know of how a row's plan came about, as a JSON-able mapping, or None. Called at
             once or never, and only for rows that are recorded: it may be slow.
     """
@@ -222,6 +224,7 @@ class Plan:
     cell: NDArray[np.int32]
     task: NDArray[np.int16]
     probability: NDArray[np.float32] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
     notes: Callable[[int], dict[str, Any]] | None = None
 
     @classmethod
@@ -244,7 +247,13 @@ class Plan:
 
 @dataclass
 class Counts:
-    """What happened to subgoals since the counts were last taken."""
+    """What happened to subgoals since the counts were last taken.
+
+    The last ones are of plans made elsewhere: `provisional` subgoals were given until the model's answer comes; of the
+    answers, `late` were used (the same subgoal, or one in its place), `late_outdated` came for agents that had moved
+    on, `late_refused` no longer fitted the scene; `late_steps` went by between question and use, together; `skipped`
+    are agents for whom the model wasn't asked, since it was busy.
+    """
 
     given: int = 0
     reached: int = 0
@@ -252,7 +261,26 @@ class Counts:
     timed_out: int = 0
     retried: int = 0
     fallback: int = 0
+    provisional: int = 0
+    skipped: int = 0
+    late: int = 0
+    late_outdated: int = 0
+    late_refused: int = 0
+    late_steps: int = 0
     rejected: dict[str, int] = field(default_factory=lambda: {v.name.lower(): 0 for v in Verdict if v})
+
+    def add(self, told: Mapping[str, int]) -> None:
+        """Add counts by name; `rejected_<verdict>` for those of rejections. Unknown names are left out."""
+        for name, count in told.items():
+            verdict = name.removeprefix("rejected_")
+            if verdict != name and verdict in self.rejected:
+                self.rejected[verdict] += count
+            elif isinstance(vars(self).get(name), int):
+                setattr(self, name, getattr(self, name) + count)
+
+
+BESIDE = ("provisional", "skipped", "late", "late_outdated", "late_refused", "late_steps")
+"""Counts that only plans made beside the simulation have."""
 
 
 class SubgoalTracker:
@@ -364,18 +392,22 @@ class SubgoalTracker:
 
     # -- planning ------------------------------------------------------------------------------
 
-    def request(self, rows: NDArray[np.int64], *, distance: bool, need: NDArray[np.bool_] | None = None) -> PlanRequest:
+    def request(
+        self, rows: NDArray[np.int64], *, distance: bool, again: NDArray[np.bool_] | None = None
+    ) -> PlanRequest:
         """What a planner is asked for the worlds `rows` (int64 `(n,)`), fresh random bits included.
 
         Args:
             rows: the worlds.
             distance: whether to measure the candidates' path lengths.
-            need: bool `(n, A)`, for whom; default: who wants a new subgoal.
+            again: bool `(n, A)`, for these agents instead of those that want a new subgoal, to check once more what
+                was planned before: nothing is drawn, so that it changes nothing.
         """
         env = self.env
-        need = self.need[rows] if need is None else need
+        need = self.need[rows] if again is None else again
         keys = np.zeros(need.shape, np.uint64)
-        kernels.draw(rows, self.keys, self.counters, keys)
+        if again is None:
+            kernels.draw(rows, self.keys, self.counters, keys)
         candidates = self.candidates(rows, keys)
         lengths = self._lengths(rows, need, candidates) if distance else None
         taken = np.zeros((len(rows), env.num_tasks), bool)

@@ -16,6 +16,7 @@ import platform
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +37,13 @@ from echelon._files import (
 from echelon.buffers import RolloutBuffer
 from echelon.building import build_algorithm, build_worlds, settled, use_threads
 from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
-from echelon.configs import RunConfig, to_toml
+from echelon.configs import RunConfig, from_toml, to_toml
 from echelon.errors import EchelonError
-from echelon.llm.choice import CausalChoiceModel
 from echelon.methods import method
-from echelon.planners.llm import LLMPlanner
+from echelon.planners.base import ModelPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.runs import load_policy, processor, read_run, versions
-from echelon.subgoals import Counts
+from echelon.subgoals import BESIDE, Counts
 
 __all__ = ["Clock", "Progress", "Rollouts", "Trainer", "load_policy"]
 
@@ -106,7 +106,12 @@ class Rollouts:
         steps_per_update: environment steps of a rollout.
     """
 
-    def __init__(self, config: RunConfig, on_plan: Callable[[PlanTrace], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        on_plan: Callable[[PlanTrace], None] | None = None,
+        on_subgoals: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         """Build everything.
 
         Raises:
@@ -116,7 +121,9 @@ class Rollouts:
             raise EchelonError(f"method {config.method} has nothing to train: use echelon evaluate or compare")
         self.config = config = settled(config)
         use_threads(config)
-        self.worlds = build_worlds(config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=on_plan)
+        self.worlds = build_worlds(config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=on_plan,
+                                   on_subgoals=on_subgoals)  # fmt: skip
+        self.worlds.traced = config.planning.traced
         self.algorithm = build_algorithm(config, self.worlds)
         env = self.worlds.env
         self.buffer = RolloutBuffer(
@@ -146,6 +153,8 @@ class Rollouts:
             done = worlds.settle()
             np.logical_or(done[:, None], worlds.cut, out=buffer.ended[t])
             clock.lap("plan")
+        self.worlds.finish_plans()
+        clock.lap("plan")
         self._see(buffer.steps)
         clock.lap("store")
         return clock
@@ -191,10 +200,10 @@ class Trainer:
 
     def _build(self, config: RunConfig, folder: Path) -> None:
         self.folder, self.step, self._plans = folder, 0, None
-        self._pending: list[PlanTrace] = []
+        self._pending: list[dict[str, Any]] = []
         self._sizes = {"metrics.jsonl": 0, "timings.jsonl": 0, "plans.jsonl": 0}
         self._seconds, self._extended = 0.0, False
-        self.rollouts = Rollouts(config, self._record)
+        self.rollouts = Rollouts(config, lambda trace: self._record(vars(trace)), self._record)
         self.config, self.worlds = self.rollouts.config, self.rollouts.worlds
         self._model_start, self._model_base = _model_counters(self.worlds), dict[str, float]()
 
@@ -261,6 +270,7 @@ class Trainer:
                 with _tensorboard(self.folder, self.step) as board:
                     return self._loop(logs, board, report, should_stop, self.config.steps if until is None else until)
             finally:
+                self.worlds.close()
                 self._plans = None
                 for log in logs.values():
                     log.close()
@@ -274,8 +284,8 @@ class Trainer:
         until: int,
     ) -> bool:
         c, per_update = self.config, self.rollouts.steps_per_update
-        for trace in self._pending:
-            self._record(trace)
+        for line in self._pending:
+            self._record(line)
         self._pending.clear()
         saved = self.step
         while self.step < min(until, c.steps):
@@ -328,23 +338,22 @@ class Trainer:
         if worlds.tracker is not None:
             counts, worlds.tracker.counts = worlds.tracker.counts, Counts()
             metrics["intrinsic_return"] = e.intrinsic_return / e.count if e.count else None
-            metrics |= {f"subgoals_{k}": v for k, v in dataclasses.asdict(counts).items() if k != "rejected"}
+            told = {k: v for k, v in vars(counts).items() if k != "rejected"}
+            if self.config.planning.timing == "wait":
+                told = {k: v for k, v in told.items() if k not in BESIDE}
+            metrics |= {f"subgoals_{k}": v for k, v in told.items()}
             metrics |= {f"rejected_{k}": v for k, v in counts.rejected.items()}
             for planner, _ in worlds.planners:
-                if isinstance(planner, LLMPlanner):
-                    metrics |= {
-                        "model_questions": planner.asked,
-                        "model_spared": planner.forced,
-                        "model_failures": planner.failures,
-                    }
+                if isinstance(planner, ModelPlanner):
+                    metrics |= {f"model_{k}": v for k, v in planner.counters().items()}
         return metrics
 
-    def _record(self, trace: PlanTrace) -> None:
+    def _record(self, line: dict[str, Any]) -> None:
         # The first plans are made while the worlds are built, before the log is open.
         if self._plans is None:
-            self._pending.append(trace)
+            self._pending.append(line)
         else:
-            self._plans.write({"at": self.step, **vars(trace)})
+            self._plans.write({"at": self.step, **line})
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -385,7 +394,7 @@ class Trainer:
         # Steps are whole rollouts, so a finished run has done some more than it was asked for.
         if self.step - self.rollouts.steps_per_update >= self.config.steps:
             raise EchelonError(f"run {self.folder} has done {self.step} steps already, more than {self.config.steps}")
-        if changed := _differences(progress.get("config", ""), _identity(self.config)):
+        if changed := _differences(_completed(progress.get("config", "")), _identity(self.config)):
             raise EchelonError(
                 f"{self.folder / 'config.toml'} isn't what its checkpoint was trained with ({changed}): "
                 f"put it back, or start a new run with --config"
@@ -408,6 +417,11 @@ def _identity(config: RunConfig) -> str:
     return to_toml(dataclasses.replace(config, steps=1, threads=threads))
 
 
+def _completed(identity: str) -> str:
+    """An identity with the settings that came since it was written, at their defaults."""
+    return _identity(from_toml(tomllib.loads(identity))) if identity else ""
+
+
 def _differences(old: str, new: str) -> str:
     """The lines in which two configs differ, in words."""
     was, now = old.splitlines(), new.splitlines()
@@ -418,7 +432,7 @@ def _differences(old: str, new: str) -> str:
 
 def _model_counters(worlds: TeamWorlds) -> dict[str, float]:
     for planner, _ in worlds.planners:
-        if isinstance(planner, LLMPlanner) and isinstance(planner.model, CausalChoiceModel):
+        if isinstance(planner, ModelPlanner) and hasattr(planner.model, "state_dict"):
             return dict(planner.model.state_dict())
     return {}
 

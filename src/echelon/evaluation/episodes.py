@@ -16,7 +16,7 @@ from echelon.configs import RunConfig
 from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.methods import method
-from echelon.planners.llm import LLMPlanner
+from echelon.planners.base import ModelPlanner
 from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds
 
@@ -116,13 +116,15 @@ def evaluate(
     uses_model = method(config.method).needs_model(config.planner)
     before = model_of(config.model_spec).state_dict() if uses_model else {}
     for planner, _ in worlds.planners:
-        if isinstance(planner, LLMPlanner):
+        if isinstance(planner, ModelPlanner):
             planner.between = lambda answered, questions: _stop_if(should_stop)
     try:
         worlds.start()
         results = _play(worlds, executor.act, greedy, recorder, report, should_stop)
     except _StoppedError:
         return None
+    finally:
+        worlds.close()
     plans: dict[str, float] = {}
     if worlds.tracker is not None:
         counts = asdict(worlds.tracker.counts)

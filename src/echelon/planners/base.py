@@ -80,11 +80,21 @@ class Asking:
 
 
 class ModelPlanner(ABC):
-    """Base of planners that ask a model: a plan in three parts, so that the middle one can be done elsewhere."""
+    """Base of planners that ask a model: a plan in three parts, so that the middle one can be done elsewhere.
+
+    Attributes:
+        model: who is asked.
+        tells_all: whether each of its plans is worth a record for people, as where each is a call to a server.
+        between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
+            so that a long plan can be stopped.
+    """
 
     name: str
+    model: Any
     needs_distance = True
     cost = "model"
+    tells_all = False
+    between: Callable[[int, int], None] = staticmethod(lambda answered, questions: None)
 
     @abstractmethod
     def begin(self, request: PlanRequest, *, split: bool = False) -> Asking:
@@ -104,6 +114,10 @@ class ModelPlanner(ABC):
         """All at once."""
         asking = self.begin(request)
         return self.end(asking, asking.work())
+
+    def counters(self) -> dict[str, float]:
+        """What it counted since the run began, for logs: `questions` and whatever else it knows."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers between plans, JSON-able."""

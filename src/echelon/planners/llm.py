@@ -9,7 +9,7 @@ the way in which a team's choices are joined are our choice; the paper states no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,6 @@ class LLMPlanner(ModelPlanner):
         asked: agents for whom the model chose; forced: agents that had only one open candidate; fresh: questions that
             were not in the table.
         failures: times that the model gave no usable answer.
-        between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
-            so that a long plan can be stopped.
     """
 
     def __init__(self, model: ChoiceModel, *, max_options: int = 8, folder: Path = PROMPTS) -> None:
@@ -112,7 +110,6 @@ class LLMPlanner(ModelPlanner):
         self._odds = np.full((0, _VERDICTS, 0), np.nan)
         self._tokens = np.zeros((0, _VERDICTS, 0), np.int32)
         self.asked = self.forced = self.fresh = self.failures = 0
-        self.between: Callable[[int, int], None] = lambda answered, questions: None
 
     # -- a plan in three parts -----------------------------------------------------------------
 
@@ -313,6 +310,10 @@ class LLMPlanner(ModelPlanner):
         return {"model": self.model.name, "agents": agents}
 
     # -- state ---------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, float]:
+        """Agents for whom the model chose, that had one candidate only, questions that were new, and failures."""
+        return {"questions": self.asked, "spared": self.forced, "fresh": self.fresh, "failures": self.failures}
 
     def state_dict(self) -> dict[str, Any]:
         """Its counters, and the words of its table."""

@@ -2,94 +2,129 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.envs.base import SubgoalKind
 from echelon.errors import EchelonError
+from echelon.planners.base import StatelessPlanner
 from echelon.subgoals import Plan, PlanRequest
 
 __all__ = ["RecordedPlanner"]
 
+_COLUMNS = 5  # world, agent, kind, cell, task
 
-class RecordedPlanner:
-    """Gives each world the plans that the record holds for it, in their order.
 
-    A run with the same config, seed and worlds as the recorded one comes out the same. Where the record has no plan
-    that fits (another run, a longer one), that counts as a proposal of bad form, and the fallback decides.
+@dataclass(frozen=True)
+class _Event:
+    """What was put into flight at one step: rows (world, agent, kind, cell, task), and what was counted."""
+
+    subgoals: NDArray[np.int32]
+    counts: dict[str, int]
+
+
+class RecordedPlanner(StatelessPlanner):
+    """Gives each agent the subgoal that it got at the same step of the recorded run, also those that came late.
+
+    A run with the same config, seed and worlds as the recorded one comes out the same. Where the record has no
+    subgoal that fits (another run, a longer one), that counts as a proposal of bad form, and the fallback decides.
 
     Attributes:
         worlds: int64, the worlds that the record has plans for.
         missed: agents for whom the record had no fitting plan.
     """
 
-    needs_distance = False
-    cost = "cheap"
-
     def __init__(self, path: Path) -> None:
         """Read a record.
+
+        Args:
+            path: a `plans.jsonl`, or the folder of its run.
 
         Raises:
             EchelonError: no such file, or a line that is no plan; the line says which.
         """
         self.name = f"record:{path}"
-        self._plans: dict[int, list[dict[int, tuple[int, tuple[int, int], int]]]] = {}
+        self._now: dict[int, _Event] = {}
+        self._late: dict[int, list[_Event]] = {}
+        file = path / "plans.jsonl" if path.is_dir() else path
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise EchelonError(f"record {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+            raise EchelonError(f"record {file}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
         for number, line in enumerate(lines, 1):
             try:
-                trace = json.loads(line)
-                plan = {int(a["agent"]): self._subgoal(a) for a in trace["agents"]}
-                self._plans.setdefault(int(trace["world"]), []).append(plan)
+                told = json.loads(line)
+                if "subgoals" in told:  # the other lines are for people
+                    self._read(told)
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise EchelonError(f"record {path}, line {number}: it is no plan of plans.jsonl") from None
-        if not self._plans:
-            raise EchelonError(f"record {path} holds no plan")
-        self.worlds: NDArray[np.int64] = np.array(sorted(self._plans), np.int64)
+                raise EchelonError(f"record {file}, line {number}: it is no plan of plans.jsonl") from None
+        events = [*self._now.values(), *(event for some in self._late.values() for event in some)]
+        if not events:
+            raise EchelonError(f"record {file} holds no plan")
+        self.worlds: NDArray[np.int64] = np.unique(np.concatenate([e.subgoals[:, 0] for e in events])).astype(np.int64)
         self.missed = 0
-        self._next = dict.fromkeys(self._plans, 0)
 
-    @staticmethod
-    def _subgoal(entry: Mapping[str, Any]) -> tuple[int, tuple[int, int], int]:
-        row, col = entry["target"]
-        task = entry["task"]
-        return int(SubgoalKind[entry["kind"].upper()]), (int(row), int(col)), -1 if task is None else int(task)
+    def _read(self, told: Mapping[str, Any]) -> None:
+        packed = np.frombuffer(base64.b64decode(told["subgoals"], validate=True), "<i4").reshape(-1, _COLUMNS)
+        if packed[:, :2].min(initial=0) < 0:
+            raise ValueError
+        event = _Event(packed, {str(k): int(v) for k, v in told.get("counts", {}).items()})
+        if told.get("late"):
+            self._late.setdefault(int(told["tick"]), []).append(event)
+        elif self._now.setdefault(int(told["tick"]), event) is not event:
+            raise ValueError  # one planning round a step
 
     def plan(self, request: PlanRequest) -> Plan:
-        """The next recorded plan of each world; what was refused once is not offered again."""
+        """What was planned at this step; what was refused once is not offered again."""
         plan = Plan.empty(request)
-        again = np.asarray((request.rejected > 0).any(axis=1))
-        for i, world in enumerate(request.rows.tolist()):
-            recorded = {} if again[i] else self._take(world)
-            for a in np.flatnonzero(request.need[i]).tolist():
-                if a not in recorded:
-                    self.missed += not again[i]
-                    plan.kind[i, a] = -1
-                    continue
-                kind, cell, task = recorded[a]
-                plan.kind[i, a], plan.cell[i, a], plan.task[i, a] = kind, request.cell_index(*cell), task
+        plan.kind[request.need] = -1
+        again = (request.rejected > 0).any()
+        event = None if again else self._now.get(request.tick)
+        if event is not None:
+            self._fill(plan, event, request.rows)
+            plan.counts = event.counts
+        if not again:
+            self.missed += int((request.need & (plan.kind < 0)).sum())
         return plan
 
-    def _take(self, world: int) -> dict[int, tuple[int, tuple[int, int], int]]:
-        at = self._next.get(world, 0)
-        plans = self._plans.get(world, [])
-        if at >= len(plans):
-            return {}
-        self._next[world] = at + 1
-        return plans[at]
+    def late(self, tick: int, agents: int) -> list[tuple[NDArray[np.int64], Plan, NDArray[np.bool_]]]:
+        """The plans that were used late at this step: their worlds' rows, the plan, and for whom it is."""
+        found = []
+        for event in self._late.get(tick, ()):
+            rows = np.unique(event.subgoals[:, 0]).astype(np.int64)
+            shape = (len(rows), agents)
+            plan = Plan(np.full(shape, -1, np.int8), np.zeros(shape, np.int32), np.full(shape, -1, np.int16))
+            which = self._fill(plan, event, rows)
+            # Each of them counts itself as used when it is put in its place.
+            plan.counts = event.counts | {"late": event.counts.get("late", 0) - int(which.sum())}
+            found.append((rows, plan, which))
+        return found
+
+    @staticmethod
+    def _fill(plan: Plan, event: _Event, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Write an event's subgoals into a plan of the worlds `rows` (ascending); whose they are, bool `(n, A)`."""
+        world, agent, kind, cell, task = event.subgoals.T
+        at = np.minimum(np.searchsorted(rows, world), len(rows) - 1) if len(rows) else np.zeros(0, np.int64)
+        fits = (rows[at] == world) & (agent < plan.kind.shape[1]) if len(rows) else np.zeros(len(world), bool)
+        i, a = at[fits], agent[fits]
+        # Numbers of another world's size are refused by the safety check, and must not wrap around before it.
+        plan.kind[i, a] = np.where((kind[fits] >= 0) & (kind[fits] < 128), kind[fits], -1)
+        plan.cell[i, a] = cell[fits]
+        plan.task[i, a] = np.where(np.abs(task[fits]) < 1 << 15, task[fits], -2)
+        which = np.zeros(plan.kind.shape, bool)
+        which[i, a] = True
+        return which
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has read in each world."""
-        return {"next": {str(w): n for w, n in self._next.items()}, "missed": self.missed}
+        """What it missed."""
+        return {"missed": self.missed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self._next |= {int(w): int(n) for w, n in state["next"].items()}
         self.missed = int(state["missed"])
