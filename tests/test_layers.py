@@ -30,7 +30,8 @@ LAYERS = [
 ]
 SHARED = {
     "envs": {"base", "kernels", "maps", "scenes"},
-    "planners": {"base"},
+    # Parts that planners are put together from; `frugal` is the one that does it.
+    "planners": {"base", "replies", "student", "symmetry", "plan_cache", "distilled"},
     "algorithms": {"base"},
 }
 SEVENTH = {"methods", "configs", "pending", "rollout", "executors", "checkpoints", "building", "runs", "training"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import echelon
 from echelon.algorithms import Algorithm, create
-from echelon.configs import PlanningConfig, RunConfig
+from echelon.configs import RunConfig
 from echelon.envs import env_name, make
+from echelon.envs.base import GridEnv
+from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
+from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel
+from echelon.llm.server import ServerConfig, ServerModel
+from echelon.llm.store import resolve
+from echelon.llm.text import TextModel
 from echelon.methods import method
 from echelon.networks import Precision, resolve_precision
 from echelon.planners import Planner, make_rule_planner
 from echelon.planners.base import ModelPlanner
+from echelon.planners.distilled import DistilledPlanner, Student
+from echelon.planners.frugal import FrugalPlanner
+from echelon.planners.generating import GeneratingPlanner
 from echelon.planners.llm import PROMPTS, LLMPlanner
+from echelon.planners.plan_cache import CachedPlans, PlanCache
 from echelon.planners.recorded import RecordedPlanner
+from echelon.planners.symmetry import GridShape
 from echelon.rollout import PlanTrace, TeamWorlds
+from echelon.runs import processor
 from echelon.subgoals import FEATURES
 
 __all__ = [
@@ -34,22 +48,60 @@ __all__ = [
     "forget_answers",
     "model_of",
     "settled",
+    "spent_by",
     "use_threads",
+    "writer_of",
 ]
 
 _models: dict[str, CausalChoiceModel] = {}
+_writers: dict[tuple[str, ServerConfig | None], TextModel] = {}
 
 
 def model_of(spec: str) -> CausalChoiceModel:
-    """The language model of that name, loaded once a process.
+    """The language model of that name, loaded into this process once.
 
     Raises:
-        EchelonError: it isn't known, isn't fetched or is damaged.
+        EchelonError: it isn't known, isn't fetched or is damaged, or isn't one that is loaded here.
     """
+    if _writes(spec):
+        raise EchelonError(f"model {spec} writes text, and its probabilities aren't known: use a local one (hf:…)")
     if spec not in _models:
         # One thread: two that wait for each other lose several times over where another program wants a core.
         _models[spec] = CausalChoiceModel.load(spec, threads=1)
     return _models[spec]
+
+
+def writer_of(spec: str, server: ServerConfig) -> TextModel:
+    """The model of that name as one that writes text: behind a server, or in this process.
+
+    Raises:
+        EchelonError: as `model_of`, or settings or a key that can't be used.
+    """
+    kind, _, name = spec.partition(":")
+    key = (spec, server if kind == "openai" else None)
+    if key not in _writers:
+        if kind == "openai":
+            _writers[key] = ServerModel(name, server)
+        elif kind == "gguf":
+            from echelon.llm.gguf import GGUFModel
+
+            _writers[key] = GGUFModel.load(spec)
+        else:
+            _writers[key] = model_of(spec).text()
+    return _writers[key]
+
+
+def _writes(spec: str) -> bool:
+    """Whether a model writes text only."""
+    return spec.startswith(("openai:", "gguf:"))
+
+
+def spent_by(config: RunConfig, worlds: TeamWorlds) -> dict[str, float]:
+    """What the language model of a run has done so far, in this process: its counters, or nothing without one."""
+    for planner, _ in worlds.planners:
+        if isinstance(planner, ModelPlanner):
+            return dict(planner.model.state_dict()) if hasattr(planner.model, "state_dict") else {}
+    return dict(model_of(config.model).state_dict()) if method(config.method).executor == "model" else {}
 
 
 def forget_answers() -> None:
@@ -72,18 +124,59 @@ def use_threads(config: RunConfig) -> None:
     torch.set_num_threads((config.threads or os.cpu_count() or 1) if config.algorithm.recurrent else 1)
 
 
-def build_planner(spec: str, config: RunConfig) -> Planner:
-    """The planner of that name; "llm" alone stands for the configured model."""
+def build_planner(spec: str, config: RunConfig, env: GridEnv[Any]) -> Planner:
+    """The planner of that name for the worlds `env`; "llm" alone stands for the configured model."""
     if spec == "llm" or spec.startswith("llm:"):
-        return _model_planner(config.model if spec == "llm" else spec[4:], config.planning)
+        return _model_planner(config.model if spec == "llm" else spec[4:], config, env)
+    if spec.startswith("distilled:"):
+        return DistilledPlanner(Student.load(Path(spec.removeprefix("distilled:"))))
     if spec.startswith("record:"):
         return RecordedPlanner(Path(spec.removeprefix("record:")))
     return make_rule_planner(spec)
 
 
-def _model_planner(spec: str, planning: PlanningConfig) -> ModelPlanner:
-    folder = Path(planning.prompts) if planning.prompts else PROMPTS
-    return LLMPlanner(model_of(spec), max_options=planning.max_options, folder=folder)
+def _model_planner(spec: str, config: RunConfig, env: GridEnv[Any]) -> ModelPlanner:
+    """Who plans with the model, and what spares it, as the config says."""
+    p = config.planning
+    folder = Path(p.prompts) if p.prompts else None
+    budget = Budget(config.budget) if config.budget != BudgetConfig() else None
+    planner: ModelPlanner
+    if p.decide == "generate" or (p.decide == "auto" and _writes(spec)):
+        writer = writer_of(spec, config.server)
+        planner = GeneratingPlanner(
+            writer if budget is None else BudgetedText(writer, budget), ask=p.ask, folder=folder, memory=p.memory,
+            reflect=p.reflect, max_options=p.max_options, max_tokens=p.max_tokens,
+        )  # fmt: skip
+    else:
+        model = model_of(spec)
+        planner = LLMPlanner(
+            model if budget is None else BudgetedChoice(model, budget), max_options=p.max_options,
+            folder=folder or PROMPTS,
+        )  # fmt: skip
+    student = Student(config.distil, config.seed) if config.distil.enabled else None
+    cache = None
+    if p.cache:
+        if planner.sees is None:
+            raise EchelonError(f"planning.cache is {p.cache}: with planning.reflect a plan depends on what went before")
+        path = None if p.cache == "memory" else Path(p.cache)
+        grid = GridShape(env.height, env.width, env.view)
+        cache = CachedPlans(PlanCache(path, namespace=_namespace(spec, config, planner)), grid, cast(Any, planner.sees))
+    if student is None and cache is None and budget is None:
+        return planner
+    return FrugalPlanner(planner, student=student, cache=cache, budget=budget)
+
+
+def _namespace(spec: str, config: RunConfig, planner: ModelPlanner) -> str:
+    """All that a plan depends on beside the scene: the model itself, the way it is asked, and this code."""
+    told: list[str] = [spec, *planner.depends_on, echelon.__version__]
+    if spec.startswith("openai:"):
+        told += [writer_of(spec, config.server).url, str(config.server.temperature)]  # type: ignore[attr-defined]
+    else:
+        path = resolve(spec)
+        files = [path] if path.is_file() else sorted(path.iterdir())
+        told += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+        told += [torch.__version__, processor()]  # other bits in the last place may tip a choice
+    return hashlib.blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 
 
 def build_worlds(
@@ -109,20 +202,21 @@ def build_worlds(
     spec = kind.train_planner if training else kind.eval_planner
     if spec is not None and config.planner is not None:
         spec = config.planner
+    env = make(
+        env_name(config.env), config.env, num_envs=num_envs, seed=seed,
+        extra_features=0 if spec is None else FEATURES,
+    )  # fmt: skip
     planners: list[tuple[Planner, NDArray[np.bool_]]] = []
     if spec is not None:
         mine = np.ones(num_envs, bool)
         if training and spec.startswith("llm") and kind.learns:
             mine[:] = np.arange(num_envs) < max(1, round(config.llm_share * num_envs))
-        planner = build_planner(spec, config)
+        planner = build_planner(spec, config, env)
         if isinstance(planner, RecordedPlanner):
             mine[:] = np.isin(np.arange(num_envs), planner.worlds)
         planners.append((planner, mine))
         if not mine.all():
             planners.append((make_rule_planner(config.cheap_planner), ~mine))
-    env = make(
-        env_name(config.env), config.env, num_envs=num_envs, seed=seed, extra_features=FEATURES if planners else 0
-    )
     return TeamWorlds(
         env,
         planners,

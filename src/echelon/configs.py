@@ -16,7 +16,10 @@ from typing import Any, Literal, cast
 from echelon.algorithms import AlgorithmConfig, config_of
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
+from echelon.llm.budget import BudgetConfig
+from echelon.llm.server import ServerConfig
 from echelon.methods import method
+from echelon.planners.distilled import DistilConfig
 from echelon.subgoals import PAST, SubgoalConfig
 
 __all__ = ["PlanningConfig", "RunConfig", "from_toml", "read_toml", "read_toml_file", "to_toml", "toml_line", "typed"]
@@ -87,7 +90,8 @@ class RunConfig:
     """Another planner than the method's own: random, random-task, nearest, hungarian, llm:<model> or
     record:<plans.jsonl>."""
     model: str = "smollm2-135m"
-    """The language model of methods that plan with one: a known name or hf:<folder>."""
+    """The language model of methods that plan with one: a known name, hf:<folder or id>, gguf:<file> or
+    openai:<model> (see the table server)."""
     llm_share: float = 1 / 64
     """Share of the worlds (at least one) that the language model plans while executors learn; the other worlds
     are planned by cheap_planner."""
@@ -107,6 +111,12 @@ class RunConfig:
     """How executors learn; default: as the method's algorithm does by default."""
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     """How a language model plans, and when."""
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    """A student that learns the model's choices and takes its place where it is sure."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What may be spent on the model; afterwards the run goes on without it."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """How the server of a model openai:<model> is reached."""
 
     def __post_init__(self) -> None:
         classes = _tables(self.method)
@@ -163,7 +173,12 @@ class RunConfig:
         return self.planner[4:] if self.planner is not None and self.planner.startswith("llm:") else self.model
 
 
-PLAIN_TABLES: dict[str, type[Any]] = {"planning": PlanningConfig}
+PLAIN_TABLES: dict[str, type[Any]] = {
+    "planning": PlanningConfig,
+    "distil": DistilConfig,
+    "budget": BudgetConfig,
+    "server": ServerConfig,
+}
 """Tables of settings that are the same for every method."""
 
 

@@ -65,6 +65,7 @@ class Watch:
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
+        self._notes: set[str] = set()
 
     def __enter__(self) -> Watch:
         if self._live:
@@ -91,7 +92,11 @@ class Watch:
             self._bars.remove_task(self._tasks.pop(what))
 
     def training(self, what: str, progress: TrainingProgress) -> None:
-        """Show a training run's progress: speed, success, where the time goes."""
+        """Show a training run's progress: speed, success, where the time goes; each of its notes once."""
+        for note in progress.notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                console.print(f"{what}: {note}", markup=False)
         tsr = progress.metrics["tsr"]
         success = "TSR -" if tsr is None else f"TSR {tsr:.2f}"
         where = " ".join(f"{stage} {share:.0%}" for stage, share in progress.shares.items() if share >= 0.01)

@@ -294,18 +294,18 @@ class TeamWorlds:
         assert tracker is not None
         i, a = np.nonzero(request.need)
         pending.waits[request.rows[i], a] = -1
-        asking = pending.planner.begin(request, split=True)
+        busy = pending.busy
+        asking = pending.planner.begin(request, split=True, busy=busy)
         now = request.need & ~asking.open
         verdict = tracker.check(request, asking.plan, now)
         refused = now & (verdict != Verdict.ACCEPTED)
         _merge(settled, asking.plan, now & ~refused)
         tracker.counts.fallback += int(refused.sum())
-        if asking.open.any():
-            tracker.counts.provisional += int(asking.open.sum())
-            if pending.busy:
-                tracker.counts.skipped += int(asking.open.sum())
-            else:
-                pending.ask(asking, request.tick)
+        tracker.counts.provisional += int(asking.open.sum())
+        if busy:
+            tracker.counts.skipped += int(asking.open.sum())
+        elif asking.asks:
+            pending.ask(asking, request.tick)
         if (todo := refused | asking.open).any():
             self._fall_back(request, settled, todo)
         return [(asking.plan, now, verdict)], refused, refused.astype(np.int8)

@@ -426,8 +426,12 @@ class SubgoalTracker:
 
     def past_of(self, world: int, agent: int) -> list[Past]:
         """The agent's last subgoals in this episode, the newest last."""
-        found = []
-        for kind, cell, task, outcome, steps in self.past[world, agent].tolist():
+        found, entries = [], self.past[world, agent].tolist()
+        if self.need[world, agent] and self.kind[world, agent] > SubgoalKind.WAIT:
+            # What has just ended is put behind the others only when something takes its place.
+            last = (self.kind, self.cell, self.task, self.outcome, self.age)
+            entries = [*entries, [int(x[world, agent]) for x in last]][-PAST:]
+        for kind, cell, task, outcome, steps in entries:
             if kind >= 0:
                 k, target = SubgoalKind(kind), self.env.row_col(cell)
                 text = subgoal_text(k, target, task)

@@ -35,13 +35,13 @@ from echelon._files import (
     remove_leftovers,
 )
 from echelon.buffers import RolloutBuffer
-from echelon.building import build_algorithm, build_worlds, settled, use_threads
+from echelon.building import build_algorithm, build_worlds, settled, spent_by, use_threads
 from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
 from echelon.configs import RunConfig, from_toml, to_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 from echelon.planners.base import ModelPlanner
-from echelon.rollout import PlanTrace, TeamWorlds
+from echelon.rollout import PlanTrace
 from echelon.runs import load_policy, processor, read_run, versions
 from echelon.subgoals import BESIDE, Counts
 
@@ -60,6 +60,7 @@ class Progress:
         metrics: the newest line of `metrics.jsonl`.
         rate: environment steps a second since the last call.
         shares: the share of that time by stage.
+        notes: what a person must know of its planners, such as that the model's budget is spent.
     """
 
     step: int
@@ -67,6 +68,7 @@ class Progress:
     metrics: dict[str, Any]
     rate: float
     shares: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 class Clock:
@@ -205,7 +207,7 @@ class Trainer:
         self._seconds, self._extended = 0.0, False
         self.rollouts = Rollouts(config, lambda trace: self._record(vars(trace)), self._record)
         self.config, self.worlds = self.rollouts.config, self.rollouts.worlds
-        self._model_start, self._model_base = _model_counters(self.worlds), dict[str, float]()
+        self._model_start, self._model_base = spent_by(self.config, self.worlds), dict[str, float]()
 
     _plans: JsonLines | None
 
@@ -312,7 +314,8 @@ class Trainer:
             logs["timings.jsonl"].write(timings)
             for name in ("steps_per_second", *spent):
                 board.add_scalar(name, timings[name], self.step)
-            report(Progress(self.step, c.steps, metrics, rate, shares))
+            notes = tuple(note for p, _ in self.worlds.planners if isinstance(p, ModelPlanner) for note in p.notes())
+            report(Progress(self.step, c.steps, metrics, rate, shares, notes))
             stop = should_stop()
             if self.step - saved >= c.checkpoint_every or self.step >= min(until, c.steps) or stop:
                 self._save(logs)
@@ -376,16 +379,16 @@ class Trainer:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """What the language model is asked inside the block isn't counted as this training's."""
-        before = _model_counters(self.worlds)
+        before = spent_by(self.config, self.worlds)
         try:
             yield
         finally:
-            for name, value in _model_counters(self.worlds).items():
+            for name, value in spent_by(self.config, self.worlds).items():
                 self._model_start[name] = self._model_start.get(name, 0) + value - before[name]
 
     def _model_spent(self) -> dict[str, float]:
         """What the language model did for this run, up to now; a process may serve several runs."""
-        now = _model_counters(self.worlds)
+        now = spent_by(self.config, self.worlds)
         return {k: self._model_base.get(k, 0) + v - self._model_start.get(k, 0) for k, v in now.items()}
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -428,13 +431,6 @@ def _differences(old: str, new: str) -> str:
     gone = [line for line in was if line not in now]
     come = [line for line in now if line not in was]
     return "; ".join(f"{a} became {b}" for a, b in itertools.zip_longest(gone, come, fillvalue="nothing"))
-
-
-def _model_counters(worlds: TeamWorlds) -> dict[str, float]:
-    for planner, _ in worlds.planners:
-        if isinstance(planner, ModelPlanner) and hasattr(planner.model, "state_dict"):
-            return dict(planner.model.state_dict())
-    return {}
 
 
 @contextlib.contextmanager

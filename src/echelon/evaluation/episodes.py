@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echelon.building import build_executor, build_worlds, model_of, use_threads
+from echelon.building import build_executor, build_worlds, spent_by, use_threads
 from echelon.configs import RunConfig
 from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
-from echelon.methods import method
 from echelon.planners.base import ModelPlanner
 from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds
@@ -113,8 +112,7 @@ def evaluate(
     )  # fmt: skip
     worlds.traced = record if on_plan is None else None
     executor = build_executor(config, worlds, policy)
-    uses_model = method(config.method).needs_model(config.planner)
-    before = model_of(config.model_spec).state_dict() if uses_model else {}
+    before = spent_by(config, worlds)
     for planner, _ in worlds.planners:
         if isinstance(planner, ModelPlanner):
             planner.between = lambda answered, questions: _stop_if(should_stop)
@@ -131,9 +129,9 @@ def evaluate(
         plans |= {f"rejected_{k}": v for k, v in counts.pop("rejected").items()} | counts
         plans["planner_seconds"] = round(sum(spent.seconds for spent in worlds.plan_time.values()), 3)
         for planner, _ in worlds.planners:
-            plans |= {k: v for k, v in planner.state_dict().items() if isinstance(v, int)}
-    if uses_model:
-        plans |= {f"model_{k}": v - before[k] for k, v in model_of(config.model_spec).state_dict().items()}
+            told = planner.counters() if isinstance(planner, ModelPlanner) else planner.state_dict()
+            plans |= {k: v for k, v in told.items() if isinstance(v, int | float)}
+    plans |= {f"model_{k}": v - before[k] for k, v in spent_by(config, worlds).items()}
     replay = recorder.document(worlds, results[0]) if recorder is not None else None
     return EpisodeResults(*results, time.perf_counter() - start, plans, replay)
 

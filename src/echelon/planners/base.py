@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +67,7 @@ class Asking:
         request: what was asked.
         plan: subgoals of the agents that need no answer from the model.
         open: bool `(n, A)`, the agents that wait for it.
+        asks: whether the model is asked at all; it may be of what nobody waits for.
         work: asks the model. It may run in another thread: it touches nothing of the planner but its model, and what
             goes wrong there is part of the answers.
         memo: the planner's own.
@@ -77,6 +78,10 @@ class Asking:
     open: NDArray[np.bool_]
     work: Callable[[], Any]
     memo: Any
+    asks: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.asks |= bool(self.open.any())
 
 
 class ModelPlanner(ABC):
@@ -85,6 +90,8 @@ class ModelPlanner(ABC):
     Attributes:
         model: who is asked.
         tells_all: whether each of its plans is worth a record for people, as where each is a call to a server.
+        sees: what of a scene its prompts tell, as `symmetry.Sight` has it; None if a plan depends on more than its request.
+        depends_on: what else decides its plans: templates, settings.
         between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
             so that a long plan can be stopped.
     """
@@ -94,16 +101,19 @@ class ModelPlanner(ABC):
     needs_distance = True
     cost = "model"
     tells_all = False
+    sees: frozenset[str] | None = None
+    depends_on: tuple[str, ...] = ()
     between: Callable[[int, int], None] = staticmethod(lambda answered, questions: None)
 
     @abstractmethod
-    def begin(self, request: PlanRequest, *, split: bool = False) -> Asking:
+    def begin(self, request: PlanRequest, *, split: bool = False, busy: bool = False) -> Asking:
         """Decide what needs no model, and prepare what the model is asked.
 
         Args:
             request: what is asked.
             split: whether agents that need no answer are decided now, without waiting for those of their team that
                 do. Unless it is set, a team decides together.
+            busy: the model won't be asked now, whatever is prepared: who can't be decided without it stays open.
         """
 
     @abstractmethod
@@ -118,6 +128,10 @@ class ModelPlanner(ABC):
     def counters(self) -> dict[str, float]:
         """What it counted since the run began, for logs: `questions` and whatever else it knows."""
         return {}
+
+    def notes(self) -> list[str]:
+        """What a person must know, a line each: a budget that is spent, a cache that can't be used."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers between plans, JSON-able."""

@@ -105,6 +105,8 @@ class LLMPlanner(ModelPlanner):
         if "options" in self.template.fields and (both := sorted(_EACH & self.template.fields)):
             raise EchelonError(f"{self.template.source}: it has {{options}} for all, so it can't have {{{both[0]}}}")
         self._rated = bool(_EACH & self.template.fields) and self.template.fields <= _RATED
+        self.sees = frozenset({"cells"} if "cell" in self.template.fields or not self._rated else ())
+        self.depends_on = (self.shared, self.template.text, str(max_options))
         self._words: dict[str, int] = {}
         # Odds of good against bad, and the tokens that they took, by words, verdict and steps; NaN: not asked yet.
         self._odds = np.full((0, _VERDICTS, 0), np.nan)
@@ -113,7 +115,7 @@ class LLMPlanner(ModelPlanner):
 
     # -- a plan in three parts -----------------------------------------------------------------
 
-    def begin(self, request: PlanRequest, *, split: bool = False) -> Asking:
+    def begin(self, request: PlanRequest, *, split: bool = False, busy: bool = False) -> Asking:
         """Choose what needs no model, and put the rest into questions."""
         assert request.distance is not None
         c, shape = request.candidates, (*request.need.shape, self.max_options)
