@@ -3,14 +3,21 @@
 transformers is imported only when a local model is loaded or converted.
 """
 
+from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel, ChoicePrompt, ChoiceScores
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, clean, lines, option_lines
+from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.store import KNOWN_MODELS, CheckReport, KnownModel, ModelStatus, ModelStore, resolve
+from echelon.llm.text import TextModel, TextPrompt, TextReply
 
 __all__ = [
     "KNOWN_MODELS",
     "LETTERS",
     "Block",
+    "Budget",
+    "BudgetConfig",
+    "BudgetedChoice",
+    "BudgetedText",
     "CausalChoiceModel",
     "CheckReport",
     "ChoiceModel",
@@ -20,6 +27,11 @@ __all__ = [
     "ModelStatus",
     "ModelStore",
     "PromptTemplate",
+    "ServerConfig",
+    "ServerModel",
+    "TextModel",
+    "TextPrompt",
+    "TextReply",
     "clean",
     "lines",
     "option_lines",

@@ -90,7 +90,7 @@ class ModelPlanner(ABC):
     Attributes:
         model: who is asked.
         tells_all: whether each of its plans is worth a record for people, as where each is a call to a server.
-        sees: what of a scene its prompts tell, as `symmetry.Sight` has it; None if a plan depends on more than its request.
+        sees: what of a scene its prompts tell, as `symmetry.Sight` has it; None if its plans depend on more than that.
         depends_on: what else decides its plans: templates, settings.
         between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
             so that a long plan can be stopped.
