@@ -11,25 +11,39 @@ __all__ = ["ensure_model", "fetch"]
 
 
 def ensure_model(run: RunConfig) -> None:
-    """Fetch the model that a run needs, if it isn't there: once, with a progress bar."""
+    """Make sure that the model which a run needs is there: fetch it once, with a progress bar, or ask its server.
+
+    Raises:
+        EchelonError: it can't be had: a name, an address or a key that is wrong, no network, a server that is down.
+    """
+    from echelon.building import writer_of
     from echelon.envs import env_name, make
-    from echelon.llm import ModelStore
+    from echelon.llm import ModelStore, ServerModel
     from echelon.planners import make_rule_planner
 
     if not method(run.method).needs_model(run.planner):
         return
+    # Settings that can't be used are told before a hundred megabytes come.
+    make(env_name(run.env), run.env, num_envs=1)
+    for planner in (run.planner, run.cheap_planner):
+        if planner is not None and planner != "llm" and not planner.startswith("llm:"):
+            make_rule_planner(planner)
     spec = run.model_spec
-    if not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
-        # Settings that can't be used are told before a hundred megabytes come.
-        make(env_name(run.env), run.env, num_envs=1)
-        for planner in (run.planner, run.cheap_planner):
-            if planner is not None and planner != "llm" and not planner.startswith("llm:"):
-                make_rule_planner(planner)
+    if spec.startswith("openai:"):
+        # Once a run goes, a server that dies costs nothing but its plans; one that was never there is a mistake.
+        server = writer_of(spec, run.server)
+        assert isinstance(server, ServerModel)
+        server.check()
+    elif spec.startswith("gguf:"):
+        name = spec.removeprefix("gguf:")
+        if name in KNOWN_MODELS and not ModelStore().has_gguf(name):
+            fetch(name, force=False, source=None, gguf=True)
+    elif not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
         fetch(spec, force=False, source=None)
 
 
-def fetch(name: str, *, force: bool, source: Path | None) -> None:
-    """Fetch a model by its name, with a progress bar."""
+def fetch(name: str, *, force: bool, source: Path | None, gguf: bool = False) -> None:
+    """Fetch a model by its name, with a progress bar; `gguf`: its file for llama.cpp too."""
     from echelon.console import Watch, console
     from echelon.llm import ModelStore
 

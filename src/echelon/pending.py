@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ class Ticket:
         tick: the step at which it was asked.
         asking: what was asked.
         future: the model's answers.
+        asked: when, in seconds of `time.perf_counter`.
     """
 
     number: int
     tick: int
     asking: Asking
     future: Future[Any]
+    asked: float
 
 
 class PendingPlans:
@@ -70,7 +73,8 @@ class PendingPlans:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="planner")
         i, a = np.nonzero(asking.open)
         self.waits[asking.request.rows[i], a] = self._number
-        self._tickets.append(Ticket(self._number, tick, asking, self._pool.submit(_guarded, asking.work)))
+        self._tickets.append(Ticket(self._number, tick, asking, self._pool.submit(_guarded, asking.work),
+                                    time.perf_counter()))  # fmt: skip
         self._number += 1
 
     def due(self, tick: int, *, everything: bool = False) -> list[Ticket]:

@@ -255,10 +255,13 @@ class TeamWorlds:
         spent.rounds += len(rows)
         self._log(planner, rows, settled, request.need, before)
         if self.on_plan is not None and (self.trace_all or planner.cost == "model"):
-            for i, w in enumerate(rows):
-                if self.traced is not None and w >= self.traced and not getattr(planner, "tells_all", False):
-                    break
-                self.on_plan(self._trace(planner, request, rounds, settled, todo, tries, i, int(w), took))
+            for i, w in enumerate(rows.tolist()):
+                if self._tells(planner, w):
+                    self.on_plan(self._trace(planner, request, rounds, settled, todo, tries, i, w, took))
+
+    def _tells(self, planner: Planner, world: int) -> bool:
+        """Whether the plans of this world are traced."""
+        return self.traced is None or world < self.traced or getattr(planner, "tells_all", False)
 
     def _plan_now(self, planner: Planner, request: PlanRequest, settled: Plan) -> _Told:
         """Ask, check, send back what was refused, then fall back; into `settled`."""
@@ -337,8 +340,12 @@ class TeamWorlds:
         else:
             plan = pending.planner.end(ticket.asking, answers)
         tracker.counts.late_steps += (tick - ticket.tick) * int(still.sum())
-        self._replace(pending.planner, asked.rows, plan, still, before)
+        verdict = self._replace(pending.planner, asked.rows, plan, still, before)
         spent.seconds += time.perf_counter() - start
+        if self.on_plan is not None:
+            for i in np.flatnonzero(asked.need.any(1)).tolist():
+                if self._tells(pending.planner, int(asked.rows[i])):
+                    self.on_plan(self._late_trace(ticket, plan, still, verdict, i, tick))
 
     def _replace(
         self,
@@ -347,12 +354,16 @@ class TeamWorlds:
         plan: Plan,
         which: NDArray[np.bool_],
         before: dict[str, int] | None = None,
-    ) -> None:
-        """Give the agents `which` (bool `(n, A)`) of the worlds `rows` their late plan, where it fits the scene."""
+    ) -> NDArray[np.int8]:
+        """Give the agents `which` (bool `(n, A)`) of the worlds `rows` their late plan, where it fits the scene.
+
+        Returns:
+            int8 `(n, A)`, the `Verdict` on each one's.
+        """
         tracker = self.tracker
         assert tracker is not None
         before = _told(tracker.counts) if before is None else before
-        put = np.zeros_like(which)
+        put, verdicts = np.zeros_like(which), np.zeros(which.shape, np.int8)
         if which.any():
             # The check writes path fields, which who keeps what it has still needs.
             i, a = np.nonzero(which)
@@ -362,6 +373,7 @@ class TeamWorlds:
             while good.any():
                 request = tracker.request(rows, distance=False, again=good)
                 verdict = tracker.check(request, plan, good)
+                verdicts[good] = verdict[good]
                 if not (refused := good & (verdict != Verdict.ACCEPTED)).any():
                     had = (tracker.kind[rows], tracker.cell[rows], tracker.task[rows])
                     # Who does it already goes on as it is, with the time that is left.
@@ -379,6 +391,7 @@ class TeamWorlds:
             tracker.counts.late_refused += asked - int(good.sum())
         tracker.counts.add(plan.counts)
         self._log(planner, rows, plan, put, before, late=True)
+        return verdicts
 
     def _log(
         self,
@@ -457,7 +470,40 @@ class TeamWorlds:
             agents.append(entry)
         for words in told:
             note.update({k: v for k, v in words.items() if k != "agents"})
+        if len(told) > 1 and any("reply" in words for words in told):
+            note["rounds"] = [{k: v for k, v in words.items() if k != "agents"} for words in told]
         return PlanTrace(world, int(env.steps[world]), planner.name, agents, note, 1000 * took)
+
+    def _late_trace(
+        self, ticket: Ticket, plan: Plan, still: NDArray[np.bool_], verdict: NDArray[np.int8], i: int, tick: int
+    ) -> PlanTrace:
+        """What the model said, and what came of it: only what was used is accepted."""
+        assert self.pending is not None
+        told = dict(plan.notes(i)) if plan.notes is not None else {}
+        entries, agents = told.pop("agents", {}), []
+        world = int(ticket.asking.request.rows[i])
+        for a in np.flatnonzero(ticket.asking.open[i]).tolist():
+            entry: dict[str, Any] = {"agent": a, "tries": int(verdict[i, a] > 0), "reason": None, **entries.get(a, {})}
+            entry["verdict"] = "accepted" if still[i, a] and not verdict[i, a] else "fallback"
+            if verdict[i, a]:
+                said = Verdict(int(verdict[i, a]))
+                entry |= {"refused": said.name.lower(), "reason": said.reason}
+            elif not still[i, a]:
+                entry |= {"refused": "outdated", "reason": "the robot had moved on"}
+            agents.append(entry | self._subgoal_of(world, a))
+        told["late"] = tick - ticket.tick
+        latency = 1000 * (time.perf_counter() - ticket.asked)
+        return PlanTrace(world, int(self.env.steps[world]), self.pending.planner.name, agents, told, latency)
+
+    def _subgoal_of(self, world: int, agent: int) -> dict[str, Any]:
+        """What an agent does now, in words."""
+        assert self.tracker is not None
+        doing = self.tracker.subgoal(world, agent)
+        if doing is None:
+            return {"kind": "wait", "target": list(self.env.row_col(int(self.env.pos[world, agent]))), "task": None,
+                    "subgoal": "wait"}  # fmt: skip
+        return {"kind": doing.kind.name.lower(), "target": list(doing.target), "task": doing.task,
+                "subgoal": doing.text}  # fmt: skip
 
     # -- the whole state, for checkpoints --------------------------------------------------------
 

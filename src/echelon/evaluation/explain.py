@@ -51,6 +51,13 @@ def explain_plan(config: RunConfig, *, prompts: bool = True) -> str:
                 out.append(f"    {request.text(0, a, int(c))}: {way}")
         if prompts and agent.get("prompt"):
             out += ["  prompt:", *(f"  | {line}" for line in agent["prompt"].splitlines())]
+        if prompts and agent.get("reply"):
+            out += ["  reply:", *(f"  | {line}" for line in agent["reply"].splitlines())]
+    for name in ("prompt", "reply") if prompts else ():
+        if trace.note.get(name):
+            out += ["", f"{name} for the team:", *(f"  | {line}" for line in str(trace.note[name]).splitlines())]
+    if trace.note.get("error"):
+        out += ["", f"the model gave no answer: {trace.note['error']}"]
     rejected = {k: v for k, v in tracker.counts.rejected.items() if v}
     out += ["", f"planner {trace.planner}, {trace.latency_ms:.1f} ms; refused: {rejected or 'nothing'}; "
             f"sent back: {tracker.counts.retried}; fallback: {tracker.counts.fallback}"]  # fmt: skip

@@ -79,13 +79,15 @@ class Recorder:
             for agent in trace.agents
         ]
         prompts = [f"[robot {a['agent']}]\n{a['prompt']}" for a in trace.agents if a.get("prompt")]
+        replies = [f"[robot {a['agent']}]\n{a['reply']}" for a in trace.agents if a.get("reply")]
         self._plans[trace.world].append(
             {
                 "step": trace.step,
                 "planner": trace.planner,
                 "agents": [agent["agent"] for agent in trace.agents],
-                "prompt": "\n\n".join(prompts) or None,
-                "reply": None,
+                # A team's prompt is the round's, not an agent's.
+                "prompt": "\n\n".join(prompts) or trace.note.get("prompt"),
+                "reply": "\n\n".join(replies) or trace.note.get("reply"),
                 "choices": choices,
                 "latency_ms": round(trace.latency_ms, 3),
             }

