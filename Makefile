@@ -30,7 +30,7 @@ browser:
 	  echo "no chromium here and no right to install it: the tests of pages will be skipped"
 
 model: setup
-	@$(BIN)/echelon models fetch smollm2-135m
+	@$(BIN)/echelon models fetch smollm2-135m --gguf
 
 demo: setup model
 	$(BIN)/echelon compare --methods l2m2 flat-mappo llm-only random-goals rule-goals \

@@ -14,6 +14,8 @@ arguments of a tool call where the request asks for one). It is called in the se
 if it raises, the reply is a 500 and the error is kept in `server.errors`.
 
 Other requests: `GET …/models` lists `server.models`, answers 404 if that is None, or misbehaves if it is a `Fault`.
+
+`ServerProcess` runs such a server in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ import asyncio
 import functools
 import gzip
 import json
+import multiprocessing
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
-__all__ = ["FAULTS", "Fault", "MisbehavingServer", "completion", "http"]
+__all__ = ["FAULTS", "Fault", "MisbehavingServer", "ServerProcess", "completion", "http"]
 
 
 @dataclass(frozen=True)
@@ -420,6 +424,45 @@ class MisbehavingServer:
                 await self._stop()
                 return False
         return fault.name not in _CLOSES
+
+
+class ServerProcess:
+    """A `MisbehavingServer` in a process of its own, which takes no time from who asks it; a context manager.
+
+    Attributes:
+        url: base address, as the server's.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[dict[str, Any]], Fault | str]], *arguments: Any) -> None:
+        """`make(server, *arguments)`, called over there, gives the server's `behave`. All must be picklable."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self._process.start()
+        self.url = self._pipe.recv()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+    def do(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What `call(server, *arguments)` gives over there: `do(MisbehavingServer.kill)`."""
+        self._pipe.send((call, arguments))
+        return self._pipe.recv()
+
+
+def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    server = MisbehavingServer(lambda request: "")
+    server.behave = make(server, *arguments)
+    with server:
+        pipe.send(server.url)
+        while (asked := pipe.recv()) is not None:
+            call, arguments = asked
+            pipe.send(call(server, *arguments))
 
 
 async def _read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:

@@ -237,7 +237,7 @@ def test_a_recorded_evaluation_is_a_valid_replay(world: str, planner: str, reque
         assert choice.chosen is None or 0 <= choice.chosen < len(chances)
     if planner == "model":
         assert any(plan.prompt and "[robot" in plan.prompt for plan in plans)
-        assert result.plans["model_prompts"] == result.plans["fresh"] > 0
+        assert result.plans["model_prompts"] == result.plans["questions"] > 0
         assert result.plans["asked"] >= len(asked) > 0
 
 

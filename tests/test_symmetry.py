@@ -17,8 +17,19 @@ from echelon.envs.base import Candidates, Scene, subgoal_text
 from echelon.envs.kernels import UNREACHABLE, WALL
 from echelon.errors import EchelonError
 from echelon.planners import Hungarian, Nearest, RandomTask
-from echelon.planners.symmetry import TURNS, Folded, GridShape, Sight, fold, tables
-from echelon.subgoals import FEATURES, Outcome, Past, Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
+from echelon.planners.symmetry import TURNS, Folded, fold, tables
+from echelon.subgoals import (
+    FEATURES,
+    GridShape,
+    Outcome,
+    Past,
+    Plan,
+    PlanRequest,
+    Sight,
+    SubgoalConfig,
+    SubgoalTracker,
+    Verdict,
+)
 from test_planners import ask, tracker_of, used
 
 WORLDS: list[tuple[str, dict[str, Any]]] = [
@@ -219,14 +230,14 @@ def test_a_world_and_its_likes_ask_one_question_and_get_one_plan(
     request, shape = ask(tracker), shape_of(tracker)
     if "keys" in sees:
         request.keys[:] = 7  # the bits of a world go with its agents' places, which nothing tells apart
-    folded = fold(request, shape, sees=sees)
+    folded = fold(request, sees=sees)
     plan = folded.unfold(Hungarian().plan(folded.request))
     assert len(set(folded.keys)) == len(folded.keys), "different worlds ask different questions"
     for i in range(len(request.rows)):
         asks = request.need[i]
         for turn in turns(shape):
             same = Same(request, shape, i, turn, seed=8 * i + turn, sort=sorts(tracker, i))
-            other = fold(same.request, shape, sees=sees)
+            other = fold(same.request, sees=sees)
             assert other.keys == [folded.keys[i]]
             for x, y in zip(shown(folded, i, sees), shown(other, 0, sees), strict=True):
                 assert repr(x) == repr(y)
@@ -261,7 +272,7 @@ def test_without_cells_only_lengths_and_shared_tasks_matter(name: str, env: dict
     tracker = busy(name, **env)
     request, shape = ask(tracker), shape_of(tracker)
     assert request.distance is not None
-    folded = fold(request, shape, sees=())
+    folded = fold(request, sees=())
     plan = folded.unfold(Hungarian().plan(folded.request))
     for i in range(len(request.rows)):
         same = Same(request, shape, i, 0, seed=i, sort=sorts(tracker, i))
@@ -270,7 +281,7 @@ def test_without_cells_only_lengths_and_shared_tasks_matter(name: str, env: dict
         free = np.flatnonzero(~same.request.walls()[0])
         c.cell[:] = rng.choice(free, c.cell.shape)
         same.request.pos[:] = rng.choice(free, same.request.pos.shape)
-        other = fold(same.request, shape, sees=())
+        other = fold(same.request, sees=())
         assert other.keys == [folded.keys[i]]
         answer = other.unfold(Hungarian().plan(other.request))
         total = length(same.request, answer)
@@ -302,9 +313,9 @@ def test_by_hand_two_robots_that_swap_their_tasks_are_the_same_team() -> None:
     request = ask(tracker)
     assert request.distance is not None
     request.distance[:, :, :2] = [[[3, 5], [5, 3]], [[5, 3], [3, 5]], [[3, 5], [3, 5]]]
-    a, b, c = fold(request, shape_of(tracker), sees=()).keys
+    a, b, c = fold(request, sees=()).keys
     assert a == b != c
-    folded = fold(request, shape_of(tracker), sees=())
+    folded = fold(request, sees=())
     plan = folded.unfold(Hungarian().plan(folded.request))
     assert plan.task[:2].tolist() == [[0, 1], [1, 0]]
     # Four at the corners of a square, each by one package: nothing tells them apart, and still they are one team.
@@ -313,7 +324,7 @@ def test_by_hand_two_robots_that_swap_their_tasks_are_the_same_team() -> None:
     request = ask(tracker)
     assert request.distance is not None
     request.distance[0, :, :4] = square
-    folded = fold(request, shape_of(tracker), sees=())
+    folded = fold(request, sees=())
     assert length(request, folded.unfold(Hungarian().plan(folded.request))) == (0, 0)
 
 
@@ -332,7 +343,7 @@ def test_by_hand_robots_that_only_their_tasks_tell_apart() -> None:
             request = ask(tracker)
             assert request.distance is not None
             request.distance[0, :, :5] = lengths[np.ix_(agents, rng.permutation(5))]
-            keys[-1] |= set(fold(request, shape_of(tracker), sees=()).keys)
+            keys[-1] |= set(fold(request, sees=()).keys)
     assert len(keys[0]) == 1
     assert not keys[0] & keys[1], "each robot alone sees the same lengths, but not the same team"
 
@@ -345,7 +356,7 @@ def test_by_hand_robots_that_only_their_tasks_tell_apart() -> None:
 def test_rules_plan_as_well_in_the_frame(name: str, env: dict[str, Any], sees: tuple[Sight, ...]) -> None:
     tracker = busy(name, everybody=True, **env)
     request = ask(tracker)
-    folded = fold(request, shape_of(tracker), sees=sees)
+    folded = fold(request, sees=sees)
     best = Hungarian().plan(request)
     plan = folded.unfold(Hungarian().plan(folded.request))
     assert length(request, plan) == length(request, best)
@@ -358,29 +369,29 @@ def test_rules_plan_as_well_in_the_frame(name: str, env: dict[str, Any], sees: t
 def test_all_spaces(space: str) -> None:
     tracker = tracker_of(size=10, num_agents=3, num_packages=4, num_envs=4, space=space)
     request, shape = ask(tracker), shape_of(tracker)
-    folded = fold(request, shape, sees=("walls",))
+    folded = fold(request, sees=("walls",))
     plan = folded.unfold(Nearest().plan(folded.request))
     assert not tracker.check(request, plan, request.need).any()
     assert length(request, plan) == length(request, Nearest().plan(request))
     for i in range(4):
         same = Same(request, shape, i, 5, seed=i, sort=sorts(tracker, i))
-        assert fold(same.request, shape, sees=("walls",)).keys == [folded.keys[i]]
+        assert fold(same.request, sees=("walls",)).keys == [folded.keys[i]]
 
 
 @pytest.mark.parametrize("sees", [(), ("cells",)], ids=["lengths", "cells"])
 def test_without_path_lengths(sees: tuple[Sight, ...]) -> None:
     tracker = busy("repair", size=9, num_agents=3, num_machines=3, num_tools=2, everybody=True)
     request = tracker.request(np.arange(6), distance=False)
-    folded = fold(request, shape_of(tracker), sees=sees)
+    folded = fold(request, sees=sees)
     assert folded.request.distance is None
     plan = folded.unfold(RandomTask().plan(folded.request))
     assert not tracker.check(request, plan, request.need).any()
-    assert folded.keys[0] != fold(ask(tracker, [0]), shape_of(tracker), sees=sees).keys[0]
+    assert folded.keys[0] != fold(ask(tracker, [0]), sees=sees).keys[0]
 
 
 TRACKER = busy("warehouse", num_envs=3, size=9, num_agents=3, num_packages=5, everybody=True)
 REQUEST, SHAPE = ask(TRACKER), shape_of(TRACKER)
-FOLDED = fold(REQUEST, SHAPE, sees=("walls", "closed"))
+FOLDED = fold(REQUEST, sees=("walls", "closed"))
 
 
 def numbers(*likely: int) -> st.SearchStrategy[int]:
@@ -428,7 +439,7 @@ def test_whatever_a_planner_says_in_the_frame_is_judged_as_there(data: st.DataOb
 
 
 def test_without_cells_what_is_no_candidate_is_nothing() -> None:
-    folded = fold(REQUEST, SHAPE, sees=())
+    folded = fold(REQUEST, sees=())
     plan = Plan.empty(folded.request)
     plan.kind[0] = SubgoalKind.CELL
     plan.cell[0] = [0, 50, 1]
@@ -474,7 +485,7 @@ def test_probabilities_and_notes_go_back_to_their_owners() -> None:
 
 
 def test_some_rows_are_those_rows() -> None:
-    folded = fold(ask(busy("search", size=9, num_agents=3, regions=2)), GridShape(9, 9, 2), sees=("scene", "past"))
+    folded = fold(ask(busy("search", size=9, num_agents=3, regions=2)), sees=("scene", "past"))
     some = folded.some(np.array([4, 1]))
     part = dataclasses.replace(folded, request=some)
     for j, i in enumerate((4, 1)):
@@ -486,7 +497,7 @@ def test_nothing_in_the_request_changes() -> None:
     request = ask(TRACKER)
     before = {f.name: np.copy(x) for f in dataclasses.fields(request)
               if isinstance(x := getattr(request, f.name), np.ndarray)}  # fmt: skip
-    folded = fold(request, SHAPE, sees=("scene", "past"))
+    folded = fold(request, sees=("scene", "past"))
     folded.unfold(Nearest().plan(folded.request))
     for field, x in before.items():
         np.testing.assert_array_equal(getattr(request, field), x)
@@ -586,37 +597,37 @@ SEEN_BY: dict[str, Sight | None] = {
 
 @pytest.mark.parametrize("what", SEEN_BY)
 def test_whatever_changes_that_is_seen_changes_the_key_and_nothing_else_does(what: str) -> None:
-    first = fold(REQUEST, SHAPE, sees=EVERYTHING).keys
+    first = fold(REQUEST, sees=EVERYTHING).keys
     alone: tuple[Sight, ...] = () if SEEN_BY[what] is None else (SEEN_BY[what],)  # type: ignore[assignment]
     rest: tuple[Sight, ...] = () if what in ("cell", "pos") else ("cells", "others")
     with_it: tuple[Sight, ...] = ("time", "scene") if what == "step" else alone
-    blind = fold(REQUEST, SHAPE, sees=rest).keys
-    seeing = fold(REQUEST, SHAPE, sees=with_it).keys
+    blind = fold(REQUEST, sees=rest).keys
+    seeing = fold(REQUEST, sees=with_it).keys
 
     @settings(deadline=None, max_examples=12, derandomize=True)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         other = changed(REQUEST, what, data)
-        keys = fold(other, SHAPE, sees=EVERYTHING).keys
+        keys = fold(other, sees=EVERYTHING).keys
         assert keys[0] != first[0]
         assert keys[1:] == first[1:], "the other rows are as they were"
-        assert fold(other, SHAPE, sees=with_it).keys[0] != seeing[0]
+        assert fold(other, sees=with_it).keys[0] != seeing[0]
         if SEEN_BY[what] is not None and what != "taken":
-            assert fold(other, SHAPE, sees=rest).keys == blind
+            assert fold(other, sees=rest).keys == blind
 
     check()
 
 
 def test_what_a_planner_does_not_see_is_not_there() -> None:
-    folded = fold(REQUEST, SHAPE, sees=("cells",))
-    with pytest.raises(RuntimeError, match="asked for walls, but didn't say"):
-        folded.request.walls()
+    folded = fold(REQUEST, sees=("cells",))
+    assert folded.request.walls().shape == (3, SHAPE.num_cells)
+    assert REQUEST.walls().any() and not folded.request.walls().any()
     with pytest.raises(RuntimeError, match="asked for a scene, but didn't say"):
         folded.request.scene(0)
     assert not any(folded.request.past(i, a) for i in range(3) for a in range(3))
     assert any(REQUEST.past(i, a) for i in range(3) for a in range(3))
     with pytest.raises(EchelonError, match="unknown sight 'wall': did you mean 'walls'"):
-        fold(REQUEST, SHAPE, sees=["wall"])  # type: ignore[list-item]
+        fold(REQUEST, sees=["wall"])  # type: ignore[list-item]
 
 
 def test_others_are_seen_only_by_who_looks_at_them() -> None:
@@ -624,7 +635,7 @@ def test_others_are_seen_only_by_who_looks_at_them() -> None:
     moved = dataclasses.replace(request, pos=request.pos.copy())
     moved.pos[:, 1:] = moved.pos[:, 2:0:-1] + 1
     for sees, same in ((("cells",), True), (("cells", "others"), False)):
-        a, b = (fold(r, SHAPE, sees=sees) for r in (request, moved))  # type: ignore[arg-type]
+        a, b = (fold(r, sees=sees) for r in (request, moved))  # type: ignore[arg-type]
         assert (a.keys == b.keys) is same
         assert (a.request.candidates.kind[:, 1:] == -1).all(), "who isn't asked for has no candidates"
         assert (a.request.need == [True, False, False]).all(), "who is asked for comes first"
@@ -638,7 +649,7 @@ def test_what_can_not_be_given_makes_no_difference_unless_it_is_seen() -> None:
     other.cell[0, 0, 0] = next(x for x in np.flatnonzero(~request.walls()[0]) if x not in other.cell[0, 0])
     lost = dataclasses.replace(request, candidates=other)
     for sees, same in ((("cells",), True), (("cells", "closed"), False)):
-        a, b = (fold(r, SHAPE, sees=sees).keys for r in (request, lost))  # type: ignore[arg-type]
+        a, b = (fold(r, sees=sees).keys for r in (request, lost))  # type: ignore[arg-type]
         assert (a[0] == b[0]) is same
 
 
@@ -649,7 +660,7 @@ def test_rounded_path_lengths_make_more_worlds_the_same() -> None:
     keys = []
     for x in (8, 11, 12, UNREACHABLE, 65533):
         lengths[0, 0, 0] = x
-        folded = fold(request, SHAPE, sees=(), coarse=4)
+        folded = fold(request, sees=(), coarse=4)
         keys.append(folded.keys[0])
         assert folded.original is request
         shown_lengths = folded.request.distance
@@ -658,28 +669,26 @@ def test_rounded_path_lengths_make_more_worlds_the_same() -> None:
     assert keys[0] == keys[1]
     assert len(set(keys)) == 4, "no rounding makes a candidate reachable, or a far one unreachable"
     lengths[0, 0, 0] = 11
-    folded = fold(request, SHAPE, sees=("walls",), coarse=4)
+    folded = fold(request, sees=("walls",), coarse=4)
     assert not TRACKER.check(request, folded.unfold(Hungarian().plan(folded.request)), request.need).any()
     with pytest.raises(EchelonError, match="can't be rounded to multiples of 0: it must be at least 1"):
-        fold(request, SHAPE, sees=(), coarse=0)
+        fold(request, sees=(), coarse=0)
 
 
 def test_random_bits_follow_from_the_question() -> None:
     """A planner that draws answers the same question with the same plan, in whatever world it is asked."""
-    folded = fold(REQUEST, SHAPE, sees=("walls",))
-    again = fold(ask(TRACKER, [2, 1]), SHAPE, sees=("walls",))
+    folded = fold(REQUEST, sees=("walls",))
+    again = fold(ask(TRACKER, [2, 1]), sees=("walls",))
     assert again.keys == [folded.keys[2], folded.keys[1]]
     assert (again.request.keys == folded.request.keys[[2, 1]]).all()
     assert len(np.unique(folded.request.keys)) == 9
 
 
-def test_the_frame_does_not_depend_on_the_batch_or_the_past_given() -> None:
-    whole = fold(REQUEST, SHAPE, sees=("walls", "past"))
-    given_past = fold(REQUEST, SHAPE, sees=("walls", "past"), past=TRACKER.past)
-    assert whole.keys == given_past.keys
+def test_the_frame_does_not_depend_on_the_batch() -> None:
+    whole = fold(REQUEST, sees=("walls", "past"))
     for i in range(3):
-        assert fold(ask(TRACKER, [i]), SHAPE, sees=("walls", "past")).keys == [whole.keys[i]]
-    assert fold(TRACKER.request(np.array([], np.int64), distance=True), SHAPE, sees=("walls", "past")).keys == []
+        assert fold(ask(TRACKER, [i]), sees=("walls", "past")).keys == [whole.keys[i]]
+    assert fold(TRACKER.request(np.array([], np.int64), distance=True), sees=("walls", "past")).keys == []
 
 
 def test_keys_are_the_same_everywhere() -> None:
@@ -687,7 +696,7 @@ def test_keys_are_the_same_everywhere() -> None:
     env = make("warehouse", num_envs=1, seed=3, extra_features=FEATURES, size=7, num_agents=2, num_packages=2)
     tracker = SubgoalTracker(env, SubgoalConfig(), 0.99, 3)
     for sees, key in KEYS:
-        assert fold(ask(tracker), shape_of(tracker), sees=sees).keys[0].hex() == key
+        assert fold(ask(tracker), sees=sees).keys[0].hex() == key
 
 
 @pytest.mark.parametrize(("name", "env"), [WORLDS[0], WORLDS[3], WORLDS[5]])
@@ -695,7 +704,7 @@ def test_a_scene_in_the_frame_is_a_scene(name: str, env: dict[str, Any]) -> None
     """It agrees with the arrays, its ids are places in it, and its world can put it in words."""
     tracker = busy(name, everybody=True, **env)
     request = ask(tracker)
-    folded = fold(request, shape_of(tracker), sees=("scene",))
+    folded = fold(request, sees=("scene",))
     r = folded.request
     for i, world in enumerate(request.rows):
         scene, plain = r.scene(int(world)), request.scene(int(world))
@@ -717,7 +726,7 @@ def test_a_scene_in_the_frame_is_a_scene(name: str, env: dict[str, Any]) -> None
         first, second = (tracker.env.describe(s).splitlines() for s in (scene, plain))
         assert len(first) == len(second)
         assert scene.step == 0
-        assert fold(request, shape_of(tracker), sees=("scene", "time")).request.scene(int(world)).step == plain.step
+        assert fold(request, sees=("scene", "time")).request.scene(int(world)).step == plain.step
 
 
 def test_walls_in_the_frame_are_the_turned_walls() -> None:

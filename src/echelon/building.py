@@ -17,7 +17,6 @@ import echelon
 from echelon.algorithms import Algorithm, create
 from echelon.configs import RunConfig
 from echelon.envs import env_name, make
-from echelon.envs.base import GridEnv
 from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
@@ -35,12 +34,12 @@ from echelon.planners.generating import GeneratingPlanner
 from echelon.planners.llm import PROMPTS, LLMPlanner
 from echelon.planners.plan_cache import CachedPlans, PlanCache
 from echelon.planners.recorded import RecordedPlanner
-from echelon.planners.symmetry import GridShape
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.runs import processor
 from echelon.subgoals import FEATURES
 
 __all__ = [
+    "STUDENT",
     "build_algorithm",
     "build_executor",
     "build_planner",
@@ -53,6 +52,9 @@ __all__ = [
     "writer_of",
 ]
 
+STUDENT = "student.npz"
+"""The file of a run's folder that holds its student."""
+
 _models: dict[str, CausalChoiceModel] = {}
 _writers: dict[tuple[str, ServerConfig | None], TextModel] = {}
 
@@ -63,7 +65,7 @@ def model_of(spec: str) -> CausalChoiceModel:
     Raises:
         EchelonError: it isn't known, isn't fetched or is damaged, or isn't one that is loaded here.
     """
-    if _writes(spec):
+    if spec.startswith(("openai:", "gguf:")):
         raise EchelonError(f"model {spec} writes text, and its probabilities aren't known: use a local one (hf:…)")
     if spec not in _models:
         # One thread: two that wait for each other lose several times over where another program wants a core.
@@ -91,11 +93,6 @@ def writer_of(spec: str, server: ServerConfig) -> TextModel:
     return _writers[key]
 
 
-def _writes(spec: str) -> bool:
-    """Whether a model writes text only."""
-    return spec.startswith(("openai:", "gguf:"))
-
-
 def spent_by(config: RunConfig, worlds: TeamWorlds) -> dict[str, float]:
     """What the language model of a run has done so far, in this process: its counters, or nothing without one."""
     for planner, _ in worlds.planners:
@@ -116,7 +113,8 @@ def settled(config: RunConfig) -> RunConfig:
     algorithm = dataclasses.replace(config.algorithm, precision=cast(Precision, precision))
     # The recurrent actor's sums in parallel depend on the number of threads; all others' don't.
     threads = (config.threads or os.cpu_count() or 1) if algorithm.recurrent else config.threads
-    return dataclasses.replace(config, algorithm=algorithm, threads=threads)
+    share = config.model_share if method(config.method).needs_model(config.planner) else config.llm_share
+    return dataclasses.replace(config, algorithm=algorithm, threads=threads, llm_share=share)
 
 
 def use_threads(config: RunConfig) -> None:
@@ -124,24 +122,28 @@ def use_threads(config: RunConfig) -> None:
     torch.set_num_threads((config.threads or os.cpu_count() or 1) if config.algorithm.recurrent else 1)
 
 
-def build_planner(spec: str, config: RunConfig, env: GridEnv[Any]) -> Planner:
-    """The planner of that name for the worlds `env`; "llm" alone stands for the configured model."""
+def build_planner(spec: str, config: RunConfig, *, training: bool = False) -> Planner:
+    """The planner of that name; "llm" alone stands for the configured model.
+
+    While training a student may take the model's place; an evaluation is of the model itself, at every decision.
+    """
     if spec == "llm" or spec.startswith("llm:"):
-        return _model_planner(config.model if spec == "llm" else spec[4:], config, env)
+        return _model_planner(config.model if spec == "llm" else spec[4:], config, training=training)
     if spec.startswith("distilled:"):
-        return DistilledPlanner(Student.load(Path(spec.removeprefix("distilled:"))))
+        path = Path(spec.removeprefix("distilled:"))
+        return DistilledPlanner(Student.load(path / STUDENT if path.is_dir() else path))
     if spec.startswith("record:"):
         return RecordedPlanner(Path(spec.removeprefix("record:")))
     return make_rule_planner(spec)
 
 
-def _model_planner(spec: str, config: RunConfig, env: GridEnv[Any]) -> ModelPlanner:
+def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlanner:
     """Who plans with the model, and what spares it, as the config says."""
     p = config.planning
     folder = Path(p.prompts) if p.prompts else None
     budget = Budget(config.budget) if config.budget != BudgetConfig() else None
     planner: ModelPlanner
-    if p.decide == "generate" or (p.decide == "auto" and _writes(spec)):
+    if config.generates:
         writer = writer_of(spec, config.server)
         planner = GeneratingPlanner(
             writer if budget is None else BudgetedText(writer, budget), ask=p.ask, folder=folder, memory=p.memory,
@@ -153,14 +155,14 @@ def _model_planner(spec: str, config: RunConfig, env: GridEnv[Any]) -> ModelPlan
             model if budget is None else BudgetedChoice(model, budget), max_options=p.max_options,
             folder=folder or PROMPTS,
         )  # fmt: skip
-    student = Student(config.distil, config.seed) if config.distil.enabled else None
+    student = Student(config.distil, config.seed) if config.distil.enabled and training else None
     cache = None
     if p.cache:
         if planner.sees is None:
             raise EchelonError(f"planning.cache is {p.cache}: with planning.reflect a plan depends on what went before")
         path = None if p.cache == "memory" else Path(p.cache)
-        grid = GridShape(env.height, env.width, env.view)
-        cache = CachedPlans(PlanCache(path, namespace=_namespace(spec, config, planner)), grid, cast(Any, planner.sees))
+        kept = PlanCache(path, namespace=_namespace(spec, config, planner))
+        cache = CachedPlans(kept, planner.sees, coarse=p.cache_coarse)
     if student is None and cache is None and budget is None:
         return planner
     return FrugalPlanner(planner, student=student, cache=cache, budget=budget)
@@ -202,16 +204,16 @@ def build_worlds(
     spec = kind.train_planner if training else kind.eval_planner
     if spec is not None and config.planner is not None:
         spec = config.planner
+    mine = np.ones(num_envs, bool)
     env = make(
         env_name(config.env), config.env, num_envs=num_envs, seed=seed,
         extra_features=0 if spec is None else FEATURES,
     )  # fmt: skip
     planners: list[tuple[Planner, NDArray[np.bool_]]] = []
     if spec is not None:
-        mine = np.ones(num_envs, bool)
         if training and spec.startswith("llm") and kind.learns:
-            mine[:] = np.arange(num_envs) < max(1, round(config.llm_share * num_envs))
-        planner = build_planner(spec, config, env)
+            mine[:] = np.arange(num_envs) < max(1, round(config.model_share * num_envs))
+        planner = build_planner(spec, config, training=training)
         if isinstance(planner, RecordedPlanner):
             mine[:] = np.isin(np.arange(num_envs), planner.worlds)
         planners.append((planner, mine))

@@ -53,6 +53,9 @@ class PlanningConfig:
     """Planning rounds that the model works on side by side, with the timings `lag` and `free`."""
     cache: str = ""
     """Plan cache: a file that several runs may share, or memory; default: none."""
+    cache_coarse: int = 1
+    """Plan cache: path lengths are rounded down to multiples of this, so that more scenes are the same; above 1 the
+    model is told the rounded ones."""
     traced: int = 4
     """Worlds whose plans are told in full in plans.jsonl, with prompts; the record holds those of all."""
 
@@ -63,6 +66,7 @@ class PlanningConfig:
             ("memory", 0 <= self.memory <= PAST, f"0 to {PAST}"),
             ("lag", self.lag >= 0, "at least 0"),
             ("rounds", self.rounds >= 1, "at least 1"),
+            ("cache_coarse", self.cache_coarse >= 1, "at least 1"),
             ("traced", self.traced >= 0, "at least 0"),
         ):
             if not good:
@@ -87,14 +91,14 @@ class RunConfig:
     seed: int = 0
     """The root seed: it alone decides everything."""
     planner: str | None = None
-    """Another planner than the method's own: random, random-task, nearest, hungarian, llm:<model> or
-    record:<plans.jsonl>."""
+    """Another planner than the method's own: random, random-task, nearest, hungarian, llm:<model>, distilled:<run>
+    or record:<plans.jsonl>."""
     model: str = "smollm2-135m"
     """The language model of methods that plan with one: a known name, hf:<folder or id>, gguf:<file> or
     openai:<model> (see the table server)."""
-    llm_share: float = 1 / 64
-    """Share of the worlds (at least one) that the language model plans while executors learn; the other worlds
-    are planned by cheap_planner."""
+    llm_share: float | None = None
+    """Share of the worlds (at least one) that the language model plans while executors learn; default: all, or 1/64
+    where the model writes its plans, which costs a call each. The other worlds are planned by cheap_planner."""
     cheap_planner: str = ""
     """Who plans the worlds that the language model doesn't; l2m2-qmix: random unless given."""
     collision_cost: float = 0.05
@@ -145,7 +149,7 @@ class RunConfig:
             ("steps", self.steps >= 1, "at least 1"),
             ("num_envs", self.num_envs >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
-            ("llm_share", 0 < self.llm_share <= 1, "above 0, up to 1"),
+            ("llm_share", self.llm_share is None or 0 < self.llm_share <= 1, "above 0, up to 1"),
             ("collision_cost", self.collision_cost >= 0, "at least 0"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("threads", self.threads is None or self.threads >= 1, "at least 1"),
@@ -166,6 +170,17 @@ class RunConfig:
             # Settings of one algorithm mean nothing to another.
             kept[key] = cls(**{**method(name).settings.get(key, {}), **changed}) if type(value) is cls else None
         return dataclasses.replace(self, method=name, cheap_planner=planner, **kept)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the language model writes its plans, so that each costs a call; else it scores candidates."""
+        decide = self.planning.decide
+        return decide == "generate" or (decide == "auto" and self.model_spec.startswith(("openai:", "gguf:")))
+
+    @property
+    def model_share(self) -> float:
+        """The share of the worlds that the language model plans while executors learn."""
+        return self.llm_share if self.llm_share is not None else 1 / 64 if self.generates else 1.0
 
     @property
     def model_spec(self) -> str:

@@ -18,7 +18,7 @@ def ensure_model(run: RunConfig) -> None:
     """
     from echelon.building import writer_of
     from echelon.envs import env_name, make
-    from echelon.llm import ModelStore, ServerModel
+    from echelon.llm import KNOWN_MODELS, ModelStore, ServerModel
     from echelon.planners import make_rule_planner
 
     if not method(run.method).needs_model(run.planner):

@@ -27,10 +27,12 @@ __all__ = [
     "FEATURES",
     "PAST",
     "Counts",
+    "GridShape",
     "Outcome",
     "Past",
     "Plan",
     "PlanRequest",
+    "Sight",
     "Subgoal",
     "SubgoalConfig",
     "SubgoalKind",
@@ -46,6 +48,19 @@ FEATURES = 20
 
 DIRECTIONS = ("north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west")
 """The eight directions of the candidate space `direction`, in the order of its candidates."""
+Sight = Literal["cells", "others", "walls", "closed", "past", "scene", "time", "keys"]
+"""What a planner looks at, beside the kinds and path lengths of candidates and which of them are one task:
+
+- `cells`: where its robots are and where candidates lie;
+- `others`: where the robots are that aren't asked for (with `cells`);
+- `walls`: the map; includes `cells`;
+- `closed`: candidates that can't be given now, because another has the task or no path leads there;
+- `past`: the last subgoals and their outcomes;
+- `scene`: the structured view; includes all of the above but `past`, and shows step 0 unless `time` is seen too;
+- `time`: the step in the scene;
+- `keys`: the request's random bits (no two questions are then ever the same).
+"""
+
 # A task of these kinds is done by one agent; two with the same one would get in each other's way.
 EXCLUSIVE = np.array([k in (SubgoalKind.REGION, SubgoalKind.FETCH, SubgoalKind.REPAIR) for k in SubgoalKind])
 """Kinds whose task may be given to one agent only, bool, by kind."""
@@ -152,6 +167,34 @@ class Past:
 
 
 @dataclass(frozen=True)
+class GridShape:
+    """How cells of a padded grid are numbered: a map of `height` rows and `width` columns in a border of `view`."""
+
+    height: int
+    width: int
+    view: int
+
+    @property
+    def stride(self) -> int:
+        """Cells in a row of the padded grid."""
+        return self.width + 2 * self.view
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the padded grid."""
+        return (self.height + 2 * self.view) * self.stride
+
+    def row_col(self, cell: int) -> tuple[int, int]:
+        """A flat index of the padded grid as (row, col)."""
+        row, col = divmod(int(cell), self.stride)
+        return row - self.view, col - self.view
+
+    def cell_index(self, row: int, col: int) -> int:
+        """(row, col) as a flat index of the padded grid."""
+        return (row + self.view) * self.stride + col + self.view
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """What a planner is asked: some worlds, as arrays of n rows, one a world.
 
@@ -170,7 +213,7 @@ class PlanRequest:
         walls: gives bool `(n, cells)`, true where nobody can go.
         scene: the structured view of a world, built when asked for.
         text: a candidate in words: (row, agent, candidate, *, brief=False) -> str.
-        row_col: a flat cell as (row, col); cell_index: (row, col) as a flat cell.
+        grid: how cells are numbered.
         past: (row, agent) -> the agent's last subgoals of this episode, the newest last, at most `PAST`.
         episode: int64 `(n,)`, how many episodes each world had before this one.
         tick: steps that every world has made so far; steps: environment steps so far, counted over all worlds.
@@ -188,12 +231,19 @@ class PlanRequest:
     walls: Callable[[], NDArray[np.bool_]]
     scene: Callable[[int], Scene]
     text: Callable[..., str]
-    row_col: Callable[[int], tuple[int, int]]
-    cell_index: Callable[[int, int], int]
+    grid: GridShape
     past: Callable[[int, int], list[Past]]
     episode: NDArray[np.int64]
     tick: int = 0
     steps: int = 0
+
+    def row_col(self, cell: int) -> tuple[int, int]:
+        """A flat cell as (row, col)."""
+        return self.grid.row_col(cell)
+
+    def cell_index(self, row: int, col: int) -> int:
+        """(row, col) as a flat cell."""
+        return self.grid.cell_index(row, col)
 
     def where(self, i: int, a: int) -> tuple[int, int]:
         """The cell (row, col) of agent `a` in row `i`."""
@@ -419,9 +469,9 @@ class SubgoalTracker:
         return PlanRequest(
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
             np.zeros(candidates.kind.shape, bool), lambda: (env.grid[rows] & WALL) != 0, env.scene,
-            lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief), env.row_col,
-            env.cell_index, lambda i, a: self.past_of(int(rows[i]), a), self.episode[rows], int(self.tick[0]),
-            int(self.tick[0]) * env.num_envs,
+            lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief),
+            GridShape(env.height, env.width, env.view), lambda i, a: self.past_of(int(rows[i]), a),
+            self.episode[rows], int(self.tick[0]), int(self.tick[0]) * env.num_envs,
         )  # fmt: skip
 
     def past_of(self, world: int, agent: int) -> list[Past]:

@@ -35,12 +35,13 @@ from echelon._files import (
     remove_leftovers,
 )
 from echelon.buffers import RolloutBuffer
-from echelon.building import build_algorithm, build_worlds, settled, spent_by, use_threads
+from echelon.building import STUDENT, build_algorithm, build_worlds, settled, spent_by, use_threads
 from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
 from echelon.configs import RunConfig, from_toml, to_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 from echelon.planners.base import ModelPlanner
+from echelon.planners.frugal import FrugalPlanner
 from echelon.rollout import PlanTrace
 from echelon.runs import load_policy, processor, read_run, versions
 from echelon.subgoals import BESIDE, Counts
@@ -375,6 +376,10 @@ class Trainer:
             self.step,
             Checkpoint(progress, self.worlds.state_dict(), self.rollouts.algorithm.state_dict()),
         )
+        for planner, _ in self.worlds.planners:
+            if isinstance(planner, FrugalPlanner) and planner.student is not None:
+                # For others to plan with; this run goes on from its checkpoint.
+                planner.student.save(self.folder / STUDENT)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ class ChatEncoder:
         name: the model's name, for errors.
 
     Raises:
-        EchelonError: no chat template, or a letter that is not one token.
+        EchelonError: no chat template.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -38,8 +40,8 @@ class ChatEncoder:
         added = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
         marks = sorted((re.escape(t) for t in added if len(t) > 1), key=lambda t: (-len(t), t))
         self._marks = re.compile("|".join(marks)) if marks else None
+        self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._system = self._takes_system()
-        self.letter_ids = self._letters()
 
     def encode(self, shared: str, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each whole prompt, up to and with the generation prompt."""
@@ -47,19 +49,67 @@ class ChatEncoder:
         ids: list[list[int]] = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
-    def prefix(self, shared: str) -> tuple[int, ...]:
+    def prefix(self, shared: str, ids: Sequence[int] = ()) -> tuple[int, ...]:
         """The tokens with which every prompt of this `shared` begins, whatever text follows.
 
         Taken as the common beginning of a few whole prompts, because the tokens at the seam depend on
         both sides of it.
+
+        Args:
+            shared: the shared part.
+            ids: if not empty, one whole prompt of it. A text may change the tokens at the seam: then that
+                prompt has no prefix, and the result is empty.
         """
-        rows = self.encode(shared, _PROBES)
-        length = 0
-        for column in zip(*rows, strict=False):
-            if len(set(column)) > 1:
-                break
-            length += 1
-        return tuple(rows[0][:length])
+        if shared not in self._prefixes:
+            rows = self.encode(shared, _PROBES)
+            length = 0
+            for column in zip(*rows, strict=False):
+                if len(set(column)) > 1:
+                    break
+                length += 1
+            self._prefixes[shared] = tuple(rows[0][:length])
+            if len(self._prefixes) > 64:
+                self._prefixes.popitem(last=False)
+        prefix = self._prefixes[shared]
+        fits = not ids or (len(ids) > len(prefix) and tuple(ids[: len(prefix)]) == prefix)
+        return prefix if fits else ()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without control tokens."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's own, and the control token that the template puts behind one."""
+        ids = {int(self._tokenizer.eos_token_id)} if self._tokenizer.eos_token_id is not None else set()
+        turn = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "zqxj"}]
+        try:
+            text: str = self._tokenizer.apply_chat_template(turn, tokenize=False)
+        except Exception:  # the template's own words of refusal, of whatever class
+            return frozenset(ids)
+        after = self._marks.match(text.rpartition("zqxj")[2].lstrip()) if self._marks else None
+        if after is not None:
+            ids.add(int(self._tokenizer.convert_tokens_to_ids(after.group())))
+        return frozenset(ids)
+
+    @functools.cached_property
+    def letter_ids(self) -> list[int]:
+        """The tokens of the letters A to Z as an answer's first.
+
+        Raises:
+            EchelonError: a letter that is not one token there.
+        """
+        start = self._render("Answer.", "Which?")
+        texts = [start, *(start + letter for letter in LETTERS)]
+        head, *rest = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [int(row[-1]) for row in rest]
+        if any(row[:-1] != head for row in rest) or len(set(ids)) != len(ids):
+            raise EchelonError(
+                f"model {self._name} can't answer with a letter: behind its generation prompt the letters "
+                "A to Z are not one token each"
+            )
+        return ids
 
     def _plain(self, text: str) -> str:
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no tokens
@@ -92,15 +142,3 @@ class ChatEncoder:
             return "zqxj" in self._render("zqxj", "Which?")
         except Exception:  # the template's own words of refusal, of whatever class
             return False
-
-    def _letters(self) -> list[int]:
-        start = self._render("Answer.", "Which?")
-        texts = [start, *(start + letter for letter in LETTERS)]
-        head, *rest = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ids = [int(row[-1]) for row in rest]
-        if any(row[:-1] != head for row in rest) or len(set(ids)) != len(ids):
-            raise EchelonError(
-                f"model {self._name} can't answer with a letter: behind its generation prompt the letters "
-                "A to Z are not one token each"
-            )
-        return ids

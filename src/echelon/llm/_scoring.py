@@ -69,8 +69,12 @@ class Lanes:
                 torch.set_num_threads(threads)
             with torch.inference_mode():
                 # next() on a range's iterator is atomic: whoever is free takes the next item.
-                for index in todo:
-                    results[index] = work(items[index])
+                try:
+                    for index in todo:
+                        results[index] = work(items[index])
+                finally:
+                    for _ in todo:  # after an error or Ctrl-C nobody begins another item
+                        pass
 
         if (helpers := min(count, len(items)) - 1) < 1:
             labour()
@@ -81,8 +85,6 @@ class Lanes:
             try:
                 labour()
             finally:
-                for _ in todo:  # after an error or Ctrl-C nobody begins another item
-                    pass
                 wait(waiting)
             for future in waiting:
                 future.result()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -18,14 +16,13 @@ from numpy.typing import NDArray
 
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm._chat import ChatEncoder
-from echelon.llm._optional import quiet_transformers, require
-from echelon.llm._scoring import Batching, PrefixScorer
+from echelon.llm._loading import Device, Dtype, load_causal
+from echelon.llm._scoring import Batching, Lanes, PrefixScorer, PrefixStates
+from echelon.llm.causal_text import CausalTextModel, TextBatching
 from echelon.llm.prompts import check_options
-from echelon.llm.store import ModelStore, resolve
+from echelon.llm.store import ModelStore
 
 __all__ = ["CausalChoiceModel", "ChoiceModel", "ChoicePrompt", "ChoiceScores"]
-
-Dtype = Literal["auto", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -124,20 +121,22 @@ class CausalChoiceModel:
         if batching not in get_args(Batching):
             raise unknown_name("batching", batching, get_args(Batching))
         self.name = name
-        self._model, self._threads, self._cache_size = model.eval().requires_grad_(False), threads, cache_size
+        self._model, self._cache_size = model.eval().requires_grad_(False), cache_size
         self._chat = ChatEncoder(tokenizer, name)
+        self._states = PrefixStates(model.base_model)
+        self._lanes = Lanes(threads, 1 if self.device == "cuda" else 4)
         self._scorer = PrefixScorer(
-            model.base_model, batch_tokens=batch_tokens, batching=batching, share_prefix=share_prefix
+            model.base_model, self._states, batch_tokens=batch_tokens, batching=batching, share_prefix=share_prefix
         )
-        self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._cache: OrderedDict[bytes, ChoiceScores] = OrderedDict()
         self._lock = threading.Lock()
         self._most_tokens = int(getattr(model.config, "max_position_embeddings", 0) or 0)
         head = model.get_output_embeddings()
-        # In float32 and always all 26 rows: one shape, so one order of the sums, for every prompt.
-        self._head = head.weight[self._chat.letter_ids].float().contiguous()
+        # In float32 and always all 26 rows: one shape, so one order of the sums, for every prompt. On the processor:
+        # 26 products aren't worth a way to the GPU and back.
+        self._head = head.weight[self._chat.letter_ids].float().cpu().contiguous()
         bias = getattr(head, "bias", None)
-        self._bias = None if bias is None else bias[self._chat.letter_ids].float()
+        self._bias = None if bias is None else bias[self._chat.letter_ids].float().cpu()
         self.load_state_dict({"prompts": 0, "calls": 0, "cache_hits": 0, "prompt_tokens": 0, "seconds": 0.0})
         self._check_head()
 
@@ -148,53 +147,36 @@ class CausalChoiceModel:
         *,
         store: ModelStore | None = None,
         dtype: Dtype = "auto",
+        device: Device = "auto",
         threads: int | None = None,
         batch_tokens: int = 512,
         cache_size: int = 100_000,
         batching: Batching = "checked",
         share_prefix: bool = True,
     ) -> CausalChoiceModel:
-        """Load a model from the store or from a folder.
+        """Load a model from the store, a folder or the hub.
 
         Args:
-            spec: a known model's name or `hf:<folder>`, see `store.resolve`.
+            spec: a known model's name or `hf:<folder or id>`, also of a LoRA adapter, see `_loading.locate`.
             store: where fetched models are; the default store if None.
-            dtype: "auto" is bfloat16 where the processor computes in it, else float32.
-            threads: torch's threads while scoring; None leaves them as they are.
+            dtype: "auto" is bfloat16 where the device computes in it, else float32.
+            device: "auto" is a GPU where torch finds one, else the processor. A GPU seldom gives a row of a batch
+                the bits that it has alone, so "checked" ends in single rows there; "free" is fast.
+            threads: of the processor, shared out among up to 4 passes that run side by side; None takes as many as
+                torch has in the thread that asks.
             batch_tokens: at most so many tokens (rows × length, the shared part not counted) in one pass.
             cache_size: how many scores are kept, about 300 bytes each; 0 keeps none.
             batching: "checked" (exact, the default), "alone" (exact, never batches), "free" (unchecked).
             share_prefix: compute the shared part once; False is for comparison.
 
         Raises:
-            EchelonError: an unknown, absent or damaged model, a missing library, a model that can't be used.
+            EchelonError: an unknown, absent or damaged model, a missing library, no GPU, an adapter that doesn't fit,
+                a model that can't be used.
         """
-        chosen = _torch_dtype(dtype)
-        folder = resolve(spec, store)
-        transformers = require("transformers")
-        _check_weights(folder, spec)
-        # Weights that are missing would be drawn at random: that must not move the program's own numbers.
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            try:
-                model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=chosen,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False
-                )
-            except Exception as error:  # whatever a broken folder makes a third party raise
-                line = (str(error).strip().splitlines() or [""])[0][:200]
-                raise _damaged(folder, spec, f"{type(error).__name__}: {line}") from error
-        if lacking := sorted(report["missing_keys"]):
-            raise _damaged(folder, spec, f"no weights for {lacking[0]} and {len(lacking) - 1} more")
+        loaded = load_causal(spec, store=store, dtype=dtype, device=device)
         return cls(
-            model,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             spec,
             threads=threads,
             batch_tokens=batch_tokens,
@@ -207,6 +189,33 @@ class CausalChoiceModel:
     def dtype(self) -> str:
         """What the model computes in: "bfloat16" or "float32"."""
         return str(self._model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        """Where the model is: "cpu" or "cuda"."""
+        return str(self._states.device.type)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """What the model's weights take, in bytes; tied ones count once."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    def text(
+        self, *, threads: int | None = 1, batching: TextBatching = "alone", batch_rows: int = 16
+    ) -> CausalTextModel:
+        """The same model as one that writes text; it shares the weights and the tokenizer, and the two take turns.
+
+        The settings are those of `CausalTextModel.load`.
+        """
+        return CausalTextModel(
+            self._model,
+            self._chat,
+            self.name,
+            threads=threads,
+            lock=self._lock,
+            batching=batching,
+            batch_rows=batch_rows,
+        )
 
     @property
     def batch_shapes(self) -> dict[tuple[int, int, int], bool]:
@@ -224,7 +233,7 @@ class CausalChoiceModel:
             check_options(prompt.options)
             if prompt.each and len(prompt.each) != len(prompt.options):
                 raise EchelonError(f"a prompt has {len(prompt.options)} options and {len(prompt.each)} texts for them")
-        with self._lock, _torch_threads(self._threads), torch.inference_mode():
+        with self._lock, self._lanes.share() as lanes, torch.inference_mode():
             start = time.perf_counter()
             keys = [[_key(question) for question in prompt.questions] for prompt in prompts]
             found: dict[bytes, ChoiceScores] = {}
@@ -238,7 +247,7 @@ class CausalChoiceModel:
                     else:
                         fresh[key] = question
                 calls += len(fresh) > before
-            for key, scores in zip(fresh, self._compute(list(fresh.values())), strict=True):
+            for key, scores in zip(fresh, self._compute(list(fresh.values()), lanes), strict=True):
                 found[key] = scores
                 self.prompt_tokens += scores.prompt_tokens
             for key in found:
@@ -279,36 +288,26 @@ class CausalChoiceModel:
         except (KeyError, TypeError, ValueError) as error:
             raise EchelonError(f"the saved counters of model {self.name} are damaged: {error!r}") from error
 
-    def _compute(self, prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+    def _compute(self, prompts: Sequence[ChoicePrompt], lanes: int) -> list[ChoiceScores]:
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         by_shared: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
             by_shared.setdefault(prompt.shared, []).append(index)
         for shared, indices in by_shared.items():
-            prefix = self._prefix(shared)
             for index, ids in zip(indices, self._chat.encode(shared, [prompts[i].text for i in indices]), strict=True):
                 if self._most_tokens and len(ids) > self._most_tokens:
                     raise EchelonError(
                         f"a prompt of {len(ids)} tokens is longer than the {self._most_tokens} that model "
                         f"{self.name} takes"
                     )
-                # A text may change the tokens at the seam; then that prompt is computed whole.
-                fits = len(ids) > len(prefix) and tuple(ids[: len(prefix)]) == prefix
-                groups.setdefault(prefix if fits else (), []).append((index, ids))
+                groups.setdefault(self._chat.prefix(shared, ids), []).append((index, ids))
         scores: dict[int, ChoiceScores] = {}
         for prefix, members in groups.items():
-            hidden = self._scorer.last_hidden(prefix, [ids[len(prefix) :] for _, ids in members])
+            hidden = self._scorer.last_hidden(prefix, [ids[len(prefix) :] for _, ids in members], lanes)
             for (index, ids), state in zip(members, hidden, strict=True):
                 logits = self._letter_logits(state)[: len(prompts[index].options)]
                 scores[index] = ChoiceScores(self._normalise(logits.double().numpy()), len(ids))
         return [scores[index] for index in range(len(prompts))]
-
-    def _prefix(self, shared: str) -> tuple[int, ...]:
-        if shared not in self._prefixes:
-            self._prefixes[shared] = self._chat.prefix(shared)
-            if len(self._prefixes) > 64:
-                self._prefixes.popitem(last=False)
-        return self._prefixes[shared]
 
     def _letter_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits of the 26 letters for one hidden state of shape (hidden_size,)."""
@@ -333,10 +332,10 @@ class CausalChoiceModel:
 
     def _check_head(self) -> None:
         """Refuse a model whose output layer does more than multiply: its letters would be scored wrongly."""
-        with torch.inference_mode(), _torch_threads(self._threads):
-            ids = torch.tensor(self._chat.encode("Answer.", ["Which?"]))
-            whole = self._model(input_ids=ids).logits[0, -1, self._chat.letter_ids].float()
-            ours = self._letter_logits(self._model.base_model(input_ids=ids).last_hidden_state[0, -1])
+        with torch.inference_mode(), self._lanes.share():
+            ids = torch.tensor(self._chat.encode("Answer.", ["Which?"]), device=self._states.device)
+            whole = self._model(input_ids=ids).logits[0, -1, self._chat.letter_ids].float().cpu()
+            ours = self._letter_logits(self._model.base_model(input_ids=ids).last_hidden_state[0, -1].cpu())
         if not bool(whole.isfinite().all()):
             raise self._not_finite()
         if not torch.allclose(whole, ours, rtol=0.02, atol=0.02 * float(whole.abs().max())):
@@ -348,46 +347,3 @@ def _key(prompt: ChoicePrompt) -> bytes:
     head = f"{len(prompt.options)} {len(prompt.shared)} {len(prompt.text)} "
     text = (head + prompt.shared + prompt.text).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is None or threads == before:
-        yield
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _torch_dtype(dtype: str) -> torch.dtype:
-    if dtype == "auto":
-        # Elsewhere bfloat16 is emulated, and slower than float32.
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-        return torch.bfloat16 if fast else torch.float32
-    if dtype not in ("bfloat16", "float32"):
-        raise unknown_name("dtype", dtype, ("auto", "bfloat16", "float32"))
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-
-
-def _check_weights(folder: Path, spec: str) -> None:
-    """Read the header of each safetensors file: it gives away a file that was cut off."""
-    safetensors = require("safetensors")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise _damaged(folder, spec, "no *.safetensors file")
-    for path in weights:
-        try:
-            with safetensors.safe_open(path, "pt"):
-                pass
-        except (OSError, safetensors.SafetensorError) as error:
-            raise _damaged(folder, spec, f"{path.name}: {error}") from error
-
-
-def _damaged(folder: Path, spec: str, detail: str) -> EchelonError:
-    mend = "put a whole copy there" if spec.startswith("hf:") else f"run: echelon models fetch {spec} --force"
-    return EchelonError(f"model {spec} in {folder} is damaged ({detail}): {mend}")

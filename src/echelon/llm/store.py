@@ -201,6 +201,14 @@ class ModelStore:
             raise EchelonError(f"{status.path} is damaged ({detail}): run: echelon models fetch {name} --gguf --force")
         return status.path
 
+    def has_gguf(self, name: str) -> bool:
+        """Whether the GGUF is kept, byte for byte."""
+        try:
+            self.gguf_path(name)
+        except EchelonError:
+            return False
+        return True
+
     def check(self, name: str) -> CheckReport:
         """Hash every file again and compare it with the manifest, and a GGUF that is kept with what it should be.
 
@@ -210,7 +218,7 @@ class ModelStore:
         folder, kept = self.root / self._model(name).name, self.gguf_status(name)
         beside: list[tuple[str, str]] = []
         if kept.state != "absent":
-            beside = [(kept.path.name, "ok" if self._holds_gguf(name) else "damaged")]
+            beside = [(kept.path.name, "ok" if self.has_gguf(name) else "damaged")]
         if not folder.is_dir():
             if beside:
                 return CheckReport(name, kept.path, tuple(beside))
@@ -303,10 +311,10 @@ class ModelStore:
         """
         model, tell = self._model(name), progress or (lambda stage, done, total: None)
         path = self.gguf_status(name).path
-        if not force and self._holds_gguf(name):
+        if not force and self.has_gguf(name):
             return path
         with self._alone(name, tell):
-            if not force and self._holds_gguf(name):  # another process was faster
+            if not force and self.has_gguf(name):  # another process was faster
                 return path
             try:
                 with self._work(name) as work:
@@ -322,14 +330,6 @@ class ModelStore:
             except OSError as error:
                 raise explain_os_error(error, self.root) from error
         return path
-
-    def _holds_gguf(self, name: str) -> bool:
-        """Whether the GGUF is there, byte for byte."""
-        try:
-            self.gguf_path(name)
-        except EchelonError:
-            return False
-        return True
 
     def _model(self, name: str) -> KnownModel:
         if name not in self.known:

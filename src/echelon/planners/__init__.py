@@ -1,4 +1,8 @@
-"""Planners: how subgoals are chosen. `llm:<model>` is in `planners.llm`, `record:<file>` in `planners.recorded`."""
+"""Planners: how subgoals are chosen.
+
+`llm:<model>` is in `planners.llm` (scoring), `planners.generating` (writing) and `planners.frugal` (what spares the
+model), `distilled:<run>` in `planners.distilled`, `record:<file>` in `planners.recorded`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ def make_rule_planner(name: str) -> Planner:
         EchelonError: unknown name.
     """
     if name not in _REGISTRY:
-        raise unknown_name("planner", name, [*_REGISTRY, "llm:<model>", "record:<plans.jsonl>"])
+        raise unknown_name("planner", name, [*_REGISTRY, "llm:<model>", "distilled:<run>", "record:<plans.jsonl>"])
     return _REGISTRY[name]()
 
 

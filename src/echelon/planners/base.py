@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.subgoals import Plan, PlanRequest
+from echelon.subgoals import Plan, PlanRequest, Sight
 
 __all__ = ["Asking", "ModelPlanner", "Planner", "StatelessPlanner"]
 
@@ -90,7 +90,7 @@ class ModelPlanner(ABC):
     Attributes:
         model: who is asked.
         tells_all: whether each of its plans is worth a record for people, as where each is a call to a server.
-        sees: what of a scene its prompts tell, as `symmetry.Sight` has it; None if its plans depend on more than that.
+        sees: what of a scene its prompts tell, as `subgoals.Sight` has it; None if its plans depend on more than that.
         depends_on: what else decides its plans: templates, settings.
         between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
             so that a long plan can be stopped.
@@ -101,7 +101,7 @@ class ModelPlanner(ABC):
     needs_distance = True
     cost = "model"
     tells_all = False
-    sees: frozenset[str] | None = None
+    sees: frozenset[Sight] | None = None
     depends_on: tuple[str, ...] = ()
     between: Callable[[int, int], None] = staticmethod(lambda answered, questions: None)
 

@@ -27,7 +27,7 @@ from echelon.llm.prompts import Block, PromptTemplate, clean, lines
 from echelon.llm.text import TextModel, TextPrompt, TextReply
 from echelon.planners.base import Asking, ModelPlanner
 from echelon.planners.replies import FINDINGS, Proposal, Reading, parse_plan
-from echelon.subgoals import PAST, Outcome, Past, Plan, PlanRequest, Verdict
+from echelon.subgoals import PAST, Outcome, Past, Plan, PlanRequest, Sight, Verdict
 
 __all__ = ["FIELDS", "MAX_CHARS", "GeneratingPlanner", "open_candidates"]
 
@@ -489,9 +489,9 @@ def open_candidates(request: PlanRequest, taken: NDArray[np.bool_], i: int, a: i
     return found[np.argsort(length[found], kind="stable")[:most]]
 
 
-def _sight(fields: frozenset[str], memory: int) -> frozenset[str]:
-    """What prompts with these fields tell of a scene, as `symmetry.Sight` has it."""
-    told = {"cells"}
+def _sight(fields: frozenset[str], memory: int) -> frozenset[Sight]:
+    """What prompts with these fields tell of a scene, as `subgoals.Sight` has it."""
+    told: set[Sight] = {"cells"}
     if "others" in fields:
         told.add("others")
     if "memory" in fields and memory:
@@ -517,10 +517,8 @@ def _templates(folder: Path | None, shipped: Path) -> list[PromptTemplate]:
 
 
 def _size(request: PlanRequest) -> tuple[int, int]:
-    """Rows and columns of the grid: flat cells count a border of equal width on all sides."""
-    border = -request.row_col(0)[0]
-    row, col = request.row_col(request.walls().shape[1] - 1)
-    return row - border + 1, col - border + 1
+    """Rows and columns of the grid."""
+    return request.grid.height, request.grid.width
 
 
 def _block(items: Iterable[object]) -> Block:

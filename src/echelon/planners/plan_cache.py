@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echelon.errors import EchelonError
-from echelon.planners.symmetry import Folded, GridShape, Sight, fold
-from echelon.subgoals import Plan, PlanRequest, SubgoalKind
+from echelon.planners.symmetry import Folded, fold
+from echelon.subgoals import Plan, PlanRequest, Sight, SubgoalKind
 
 __all__ = ["CachedPlans", "PlanCache", "Unanswered"]
 
@@ -324,23 +324,23 @@ class CachedPlans:
     nor are plans in which an agent's answer failed.
 
     Attributes:
-        cache: where plans are kept; grid: how cells are numbered; sees: what the planner looks at, see `Sight`; coarse:
+        cache: where plans are kept; sees: what the planner looks at, see `Sight`; coarse:
             path lengths are rounded down to multiples of it, see `symmetry.fold`.
         same: rows that cost nothing since another row of the same request asked the same.
     """
 
-    def __init__(self, cache: PlanCache, grid: GridShape, sees: Iterable[Sight], *, coarse: int = 1) -> None:
+    def __init__(self, cache: PlanCache, sees: Iterable[Sight], *, coarse: int = 1) -> None:
         """Keep plans in `cache`, whose namespace must say all that answers depend on beside the request."""
-        self.cache, self.grid, self.sees, self.coarse, self.same = cache, grid, frozenset(sees), coarse, 0
+        self.cache, self.sees, self.coarse, self.same = cache, frozenset(sees), coarse, 0
 
     def plan(self, request: PlanRequest, ask: Callable[[PlanRequest], Plan]) -> Plan:
         """Plan with what is known, and `ask` at most once for all that isn't."""
         left = self.begin(request)
         return self.end(left, ask(left.request) if len(left.rows) else None)
 
-    def begin(self, request: PlanRequest, *, past: NDArray[np.int32] | None = None) -> Unanswered:
-        """Fold a request and look it up; `past` as for `symmetry.fold`."""
-        folded = fold(request, self.grid, sees=self.sees, coarse=self.coarse, past=past)
+    def begin(self, request: PlanRequest) -> Unanswered:
+        """Fold a request and look it up."""
+        folded = fold(request, sees=self.sees, coarse=self.coarse)
         plan, found = self.lookup(folded)
         place: dict[bytes, int] = {}
         rows: list[int] = []
@@ -443,7 +443,7 @@ class CachedPlans:
         """Which of the plans for `rows` have an answer for each agent that needs one, bool `(m,)`."""
         good: NDArray[np.bool_] = np.asarray(plan.kind >= 0)
         good &= (plan.kind < len(SubgoalKind)) & (plan.cell >= 0) & (plan.task >= -1)
-        good &= plan.cell < max(self.grid.num_cells, request.refused.shape[2] + 1)
+        good &= plan.cell < max(request.grid.num_cells, request.refused.shape[2] + 1)
         good &= plan.task < request.taken.shape[1]
         fits: NDArray[np.bool_] = np.all(good | ~request.need[rows], axis=1)
         if plan.probability is not None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numba
 import numpy as np
@@ -24,22 +24,9 @@ from echelon.envs.base import Candidates, Scene, SubgoalKind, subgoal_text
 from echelon.envs.kernels import UNREACHABLE
 from echelon.errors import EchelonError, unknown_name
 from echelon.rng import mix
-from echelon.subgoals import PAST, Outcome, Past, Plan, PlanRequest
+from echelon.subgoals import PAST, GridShape, Outcome, Past, Plan, PlanRequest, Sight
 
-__all__ = ["TURNS", "Folded", "GridShape", "Sight", "fold", "tables"]
-
-Sight = Literal["cells", "others", "walls", "closed", "past", "scene", "time", "keys"]
-"""What a planner looks at, beside the kinds and path lengths of candidates and which of them are one task:
-
-- `cells`: where its robots are and where candidates lie;
-- `others`: where the robots are that aren't asked for (with `cells`);
-- `walls`: the map; includes `cells`;
-- `closed`: candidates that can't be given now, because another has the task or no path leads there;
-- `past`: the last subgoals and their outcomes;
-- `scene`: the structured view; includes all of the above but `past`, and shows step 0 unless `time` is seen too;
-- `time`: the step in the scene;
-- `keys`: the request's random bits (no two questions are then ever the same).
-"""
+__all__ = ["TURNS", "Folded", "fold", "tables"]
 
 TURNS = (
     "as it is",
@@ -61,34 +48,6 @@ _INCLUDES: dict[Sight, frozenset[Sight]] = {
 }
 _NUMBER = re.compile(r"\d+$")
 _ODD = np.uint64(0x9E3779B97F4A7C15)
-
-
-@dataclass(frozen=True)
-class GridShape:
-    """How cells of a padded grid are numbered: a map of `height` rows and `width` columns in a border of `view`."""
-
-    height: int
-    width: int
-    view: int
-
-    @property
-    def stride(self) -> int:
-        """Cells in a row of the padded grid."""
-        return self.width + 2 * self.view
-
-    @property
-    def num_cells(self) -> int:
-        """Cells of the padded grid."""
-        return (self.height + 2 * self.view) * self.stride
-
-    def row_col(self, cell: int) -> tuple[int, int]:
-        """A flat index of the padded grid as (row, col)."""
-        row, col = divmod(int(cell), self.stride)
-        return row - self.view, col - self.view
-
-    def cell_index(self, row: int, col: int) -> int:
-        """(row, col) as a flat index of the padded grid."""
-        return (row + self.view) * self.stride + col + self.view
 
 
 @lru_cache(maxsize=32)
@@ -121,9 +80,9 @@ class Folded:
     Attributes:
         original: what was asked.
         request: the same in the frame. What the planner doesn't look at isn't in it: agents that aren't asked for have
-            no candidates; without `cells`, cells are mere labels of candidates; `walls` and `scene` raise; random
-            bits follow from the key. `rows`, `episode`, `tick` and `steps` are as they were and not part of the
-            key: for a planner's books, not for its answer.
+            no candidates; without `cells`, cells are mere labels of candidates; `walls` shows none, `scene` raises
+            RuntimeError; random bits follow from the key. `rows`, `episode`, `tick` and `steps` are as they were and
+            not part of the key: for a planner's books, not for its answer.
         keys: 16 bytes for each row, a digest of all of `request` that the planner sees.
         grid: how cells are numbered; sees: what the planner looks at.
         turn: int64 `(n,)`, the symmetry, an index of `TURNS`.
@@ -223,31 +182,21 @@ class Folded:
         return told
 
 
-def fold(
-    request: PlanRequest,
-    grid: GridShape,
-    *,
-    sees: Iterable[Sight],
-    coarse: int = 1,
-    past: NDArray[np.int32] | None = None,
-) -> Folded:
+def fold(request: PlanRequest, *, sees: Iterable[Sight], coarse: int = 1) -> Folded:
     """Bring each row of a request into its frame.
 
     Args:
         request: what is asked.
-        grid: how its cells are numbered.
         sees: what the planner looks at. The less it is, the more worlds are the same.
         coarse: path lengths are shown rounded down to multiples of it, so that yet more worlds are the same. Above 1 it
             changes what a planner says (our choice, for planners that cost much).
-        past: int32 `(n, A, PAST, 5)`, as `SubgoalTracker.past` of the request's worlds; made of `request.past` if it
-            is None and `past` is seen.
 
     Raises:
         EchelonError: `sees` has a word that means nothing, or `coarse` is below 1.
     """
     if coarse < 1:
         raise EchelonError(f"path lengths can't be rounded to multiples of {coarse}: it must be at least 1")
-    original = request
+    original, grid = request, request.grid
     if coarse > 1 and (exact := request.distance) is not None:
         rounded = np.where(exact == UNREACHABLE, exact, exact // coarse * coarse).astype(np.uint16)
         request = replace(request, distance=rounded)
@@ -256,8 +205,7 @@ def fold(
     shown = _shown(request, seen)
     who = np.ones_like(request.need) if "others" in seen else request.need
     if "past" in seen:
-        past = _past_array(request) if past is None else past
-        past = np.where(who[..., None, None], past, -1).astype(np.int32)
+        past = _past_array(request, who)
     else:
         past = np.zeros((n, agents, 0, 5), np.int32)
     forth, back = tables(grid)
@@ -323,9 +271,10 @@ def _renumbered(task: NDArray[Any], number: NDArray[np.int64]) -> NDArray[np.int
     return np.asarray(np.concatenate([number, none], 1)[row, task])
 
 
-def _past_array(request: PlanRequest) -> NDArray[np.int32]:
+def _past_array(request: PlanRequest, who: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """The last subgoals of the agents `who` as numbers, int32 `(n, A, PAST, 5)`, as in `SubgoalTracker.past`."""
     past = np.full((*request.need.shape, PAST, 5), -1, np.int32)
-    for i, a in np.ndindex(*request.need.shape):
+    for i, a in np.argwhere(who).tolist():
         told = request.past(i, a)[-PAST:]
         for j, p in enumerate(told, PAST - len(told)):
             task = -1 if p.task is None else p.task
@@ -419,9 +368,8 @@ def _views(
     by_world: dict[int, Scene] | None = None if scenes is None else dict(zip(new.rows.tolist(), scenes, strict=True))
 
     def see_walls() -> NDArray[np.bool_]:
-        if "walls" not in seen:
-            raise RuntimeError("a planner asked for walls, but didn't say that it sees them")
-        return walls
+        # Who doesn't look at walls may still take the map's size from them, which is part of every key.
+        return walls if "walls" in seen else np.zeros((len(new.rows), grid.num_cells), bool)
 
     def see_scene(world: int) -> Scene:
         if by_world is None:
@@ -442,8 +390,7 @@ def _views(
         return found
 
     return {
-        "walls": see_walls, "scene": see_scene, "text": text, "past": told, "row_col": grid.row_col,
-        "cell_index": grid.cell_index,
+        "walls": see_walls, "scene": see_scene, "text": text, "past": told, "grid": grid,
     }  # fmt: skip
 
 
@@ -590,10 +537,6 @@ def _arrange(  # type: ignore[no-untyped-def]
                 for c in range(per):
                     if shown[i, a, c]:
                         total += mix(_add(body[a, c], forth[g, cell[i, a, c]]), code)
-            for t in range(tasks):
-                for k in range(2):
-                    if spots[i, t, k] >= 0:
-                        total += _add(_add(task_code[i, t], forth[g, spots[i, t, k]]), k)
             for c in range(walls.shape[1]):
                 if walls[i, c]:
                     total += wall_code[forth[g, c]]
