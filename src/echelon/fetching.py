@@ -57,5 +57,10 @@ def fetch(name: str, *, force: bool, source: Path | None, gguf: bool = False) ->
             shown = stage
             watch.show(f"{name}: {stage}", done, max(total, 1), f"{done / 1e6:,.0f} MB")
 
-        path = ModelStore().fetch(name, progress, force, source)
+        store = ModelStore()
+        if gguf:
+            # One download for both.
+            source = store.fetch_gguf(name, progress, force, source)
+            console.print(f"GGUF of {name} is ready: {source}")
+        path = store.fetch(name, progress, force, source)
     console.print(f"model {name} is ready in {path}")

@@ -22,10 +22,10 @@ __all__ = ["BenchRow", "ModelBench", "bench_model", "bench_prompts", "bench_tabl
 CHOICE_BATCHES = (1, 4, 16, 64, 256)
 TEXT_BATCHES = (1, 4, 16)
 
-_CANDIDATES, _ROBOTS, _MOST_TOKENS = 8, 4, 96
+_CANDIDATES, _ROBOTS, _MOST_TOKENS = 8, 4, 64
 _RULES = (
     "You plan for a team of robots in a warehouse. Each carries one package to the dock. A near package costs fewer "
-    "steps than a far one, and two robots must not take the same package."
+    "steps than a far one, and two robots must not take the same package. Places are told as row, column."
 )
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -179,8 +179,8 @@ def bench_prompts(batch: int, rng: np.random.Generator) -> tuple[list[ChoiceProm
     choices, texts = [], []
     for _ in range(batch):
         places = rng.integers(10, 100, (_CANDIDATES + _ROBOTS, 2))
-        packages = [f"package at row {row}, column {column}" for row, column in places[:_CANDIDATES]]
-        robots = [f"row {row}, column {column}" for row, column in places[_CANDIDATES:]]
+        packages = [f"package at {row}, {column}" for row, column in places[:_CANDIDATES]]
+        robots = [f"{row}, {column}" for row, column in places[_CANDIDATES:]]
         number = int(rng.integers(10**8, 10**9))  # so many that hardly two questions are the same
         text = f"Order {number}. You stand at {robots[0]}.\n{option_lines(packages)}\nAnswer with one letter."
         choices.append(ChoicePrompt(_RULES, text, tuple(packages)))
