@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +23,15 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import fault_storm  # noqa: E402
-
 import echelon  # noqa: E402
+import fault_storm  # noqa: E402
 from echelon.algorithms import MAPPOConfig  # noqa: E402
 from echelon.checkpoints import checkpoints_of, load_checkpoint  # noqa: E402
 from echelon.configs import PlanningConfig, RunConfig  # noqa: E402
 from echelon.envs import WarehouseConfig, make  # noqa: E402
-from echelon.llm.server import ServerConfig, ServerModel  # noqa: E402
+from echelon.llm.server import ServerConfig, ServerModel, hurry  # noqa: E402
+from echelon.llm.text import TextPrompt, TextReply  # noqa: E402
+from echelon.pending import PendingPlans  # noqa: E402
 from echelon.planners.generating import GeneratingPlanner  # noqa: E402
 from echelon.planners.nearest import Nearest  # noqa: E402
 from echelon.planners.plan_cache import PlanCache  # noqa: E402
@@ -180,9 +182,11 @@ def test_a_server_that_dies_for_good_costs_its_plans_only(timing: str, tmp_path:
     after = lines[4:]
     assert all(line["subgoals_given"] > 0 for line in after)
     if timing == "wait":
-        assert all(line["subgoals_fallback"] > 0 for line in after)
+        assert sum(line["subgoals_fallback"] for line in after) > 0
     else:
-        assert sum(line["subgoals_late"] for line in after[1:]) == 0 < sum(line["subgoals_provisional"] for line in after)
+        assert (
+            sum(line["subgoals_late"] for line in after[1:]) == 0 < sum(line["subgoals_provisional"] for line in after)
+        )
     # And it can be resumed, though nobody listens.
     assert Trainer.resume(tmp_path / "run", steps=320).run()
     assert load_checkpoint(checkpoints_of(tmp_path / "run/checkpoints")[-1]).progress["step"] == 320
@@ -211,8 +215,8 @@ def test_a_full_disk_under_the_plan_cache_changes_nothing_but_speed(
     write, limits, tried = PlanCache._write, resource.getrlimit(resource.RLIMIT_FSIZE), []
 
     def in_little_room(self: PlanCache, *args: Any) -> None:
-        tried.append(self.path)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, limits[1]))
+        tried.append(self.trouble)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
         try:
             write(self, *args)
         finally:
@@ -220,13 +224,14 @@ def test_a_full_disk_under_the_plan_cache_changes_nothing_but_speed(
 
     monkeypatch.setattr("echelon.planners.plan_cache._WRITE", 16)
     notes: dict[str, list[str]] = {"full": [], "free": []}
+    small = WarehouseConfig(size=6, layout="open", num_agents=1, num_packages=2, num_zones=1, limit=20)
     with MisbehavingServer(scripted) as server:
         for name, told in notes.items():
             monkeypatch.setattr(PlanCache, "_write", in_little_room if name == "full" else write)
-            planning = PlanningConfig(cache=str(tmp_path / f"{name}.sqlite"))
-            trainer = Trainer(run_config(server.url, planning=planning, steps=512), tmp_path / name)
+            planning = PlanningConfig(cache=str(tmp_path / f"{name}.sqlite"), memory=0)
+            trainer = Trainer(run_config(server.url, planning=planning, steps=768, env=small), tmp_path / name)
             assert trainer.run(lambda progress, told=told: told.extend(progress.notes))  # type: ignore[misc]
-    assert len(tried) == 1, "and is not tried again"
+    assert set(tried) == {None}, "and is not tried again"
     assert set(notes["full"]) == {notes["full"][0]} and notes["free"] == []
     assert notes["full"][0].startswith(f"the plan cache {tmp_path / 'full.sqlite'} is ")
 
@@ -262,17 +267,18 @@ def surroundings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | own
 
 
-def test_kill_9_while_plans_are_pending_loses_nothing(tmp_path: Path) -> None:
+def test_kill_9_while_plans_are_pending_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed, the run is the one that never stopped."""
-    planning = BESIDE["lag"]
+    ask, asked = PendingPlans.ask, []
+    monkeypatch.setattr(PendingPlans, "ask", lambda self, *rest: (asked.append(rest), ask(self, *rest))[1])
     with MisbehavingServer(scripted) as server:
-        config = run_config(server.url, planning=planning)
+        config = run_config(server.url, planning=BESIDE["lag"])
         assert Trainer(config, tmp_path / "whole").run()
+        dies = len(asked) * 2 // 3
         Trainer(config, tmp_path / "run")
-        for asked in (5, 25):
-            command = [sys.executable, "-c", DIES, str(tmp_path / "run"), str(asked)]
-            child = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=120, check=False)
-            assert child.returncode == -signal.SIGKILL, child.stderr
+        command = [sys.executable, "-c", DIES, str(tmp_path / "run"), str(dies)]
+        child = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=120, check=False)
+        assert child.returncode == -signal.SIGKILL, child.stderr
         saved = [p.name for p in checkpoints_of(tmp_path / "run/checkpoints")]
         assert saved and saved[-1] != "step-000000000256", "it died in the middle"
         assert Trainer.resume(tmp_path / "run").run()
@@ -283,38 +289,64 @@ def test_kill_9_while_plans_are_pending_loses_nothing(tmp_path: Path) -> None:
     assert total(tmp_path / "run", "subgoals_late") > 0 and total(tmp_path / "run", "rejected_form") > 0
 
 
-@pytest.mark.parametrize("timing", BESIDE)
-def test_ctrl_c_while_the_server_hangs(timing: str, tmp_path: Path) -> None:
-    """It ends soon, with a checkpoint, though the server never answers again."""
-    hangs: list[bool] = []
+def test_ctrl_c_while_the_server_hangs(tmp_path: Path) -> None:
+    """A run ends soon, with a checkpoint, though its server never answers again and might be waited for for hours."""
+    hangs: set[str] = set()
 
     def behave(request: dict[str, Any]) -> Fault | str:
-        # It hangs for good once there is a checkpoint.
-        if not hangs and checkpoints_of(tmp_path / "run/checkpoints"):
-            hangs.append(True)
-        return "late" if hangs else scripted(request)
+        # The name of the model is that of the timing: it hangs for good once its run has a checkpoint.
+        timing = request["json"]["model"]
+        if checkpoints_of(tmp_path / timing / "checkpoints"):
+            hangs.add(timing)
+        return Fault("late", seconds=600.0) if timing in hangs else scripted(request)
 
     with MisbehavingServer(behave) as server:
-        server.models = ["test"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "echelon", "train", "--method", "l2m2", "--model", "openai:test", "--llm-share", "1",
-             "--env.size", "8", "--env.num-agents", "3", "--env.num-packages", "4", "--env.num-zones", "1",
-             "--num-envs", "4", "--threads", "1", "--steps", "1000000", "--algorithm.rollout", "8",
-             "--checkpoint-every", "64", "--planning.timing", timing, "--server.url", server.url,
-             "--server.timeout", "1", "--server.attempts", "1", "--server.breaker-failures", "1",
-             "--server.breaker-seconds", "600", "--out", str(tmp_path / "run")],
-            env=surroundings(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        end = time.monotonic() + 60
-        while not hangs and process.poll() is None and time.monotonic() < end:
+        server.models = list(BESIDE)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "echelon", "train", "--method", "l2m2", "--model", f"openai:{timing}",
+                 "--llm-share", "1", "--env.size", "8", "--env.num-agents", "3", "--env.num-packages", "4",
+                 "--num-envs", "4", "--threads", "1", "--steps", "1000000", "--algorithm.rollout", "8",
+                 "--checkpoint-every", "64", "--planning.timing", timing, "--server.url", server.url,
+                 "--server.timeout", "900", "--out", str(tmp_path / timing)],
+                env=surroundings(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for timing in BESIDE
+        ]  # fmt: skip
+        end = time.monotonic() + 120
+        while len(hangs) < len(BESIDE) and time.monotonic() < end:
             time.sleep(0.01)
-        assert hangs, process.communicate()[1]
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err and "stopped at step" in err, err
-    step = load_checkpoint(checkpoints_of(tmp_path / "run/checkpoints")[-1]).progress["step"]
-    assert metrics(tmp_path / "run")[-1]["step"] == step >= 64
+        assert hangs == set(BESIDE)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        told = [process.communicate(timeout=120)[1] for process in processes]
+    for timing, process, err in zip(BESIDE, processes, told, strict=True):
+        assert process.returncode == 130, err
+        assert "Traceback" not in err and "stopped at step" in err, err
+        step = load_checkpoint(checkpoints_of(tmp_path / timing / "checkpoints")[-1]).progress["step"]
+        assert metrics(tmp_path / timing)[-1]["step"] == step >= 64
+
+
+def test_in_a_hurry_nobody_waits_for_a_server_that_hangs() -> None:
+    with MisbehavingServer(lambda request: "late") as server:
+        model = ServerModel("test", ServerConfig(url=server.url, timeout=900.0, breaker_failures=0, key_variable=""))
+        replies: list[TextReply] = []
+        asking = threading.Thread(target=lambda: replies.extend(model.generate([TextPrompt("", "x")] * 20)))
+        asking.start()
+        while server.requests < 16:  # the others wait for their turn
+            time.sleep(0.01)
+        hurry(0.05)
+        asking.join(60)
+        hurry(None)
+        assert len(replies) == 20 and {reply.error.partition(": ")[2] for reply in replies if reply.error} == {
+            "given up: the run is to stop"
+        }
+        assert model.state_dict()["fault_timeout"] == 20
+        server.behave = lambda request: Fault("late", seconds=0.2, text="there")
+        assert model.generate([TextPrompt("", "x")])[0].text == "there", "waited for again"
+        model.close()
+        hurry(0.05)
+        hurry(None)
 
 
 # -- random bytes through the whole chain --------------------------------------------------------------------------

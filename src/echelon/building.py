@@ -22,7 +22,7 @@ from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExec
 from echelon.llm._loading import locate
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel
-from echelon.llm.gguf import GGUFModel
+from echelon.llm.gguf import GGUFConfig, GGUFModel
 from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.store import resolve_gguf
 from echelon.llm.text import TextModel
@@ -58,7 +58,7 @@ STUDENT = "student.npz"
 """The file of a run's folder that holds its student."""
 
 _models: dict[str, CausalChoiceModel] = {}
-_writers: dict[tuple[str, ServerConfig | None], TextModel] = {}
+_writers: dict[tuple[str, ServerConfig | GGUFConfig | None], TextModel] = {}
 
 
 def model_of(spec: str) -> CausalChoiceModel:
@@ -75,19 +75,20 @@ def model_of(spec: str) -> CausalChoiceModel:
     return _models[spec]
 
 
-def writer_of(spec: str, server: ServerConfig) -> TextModel:
+def writer_of(spec: str, server: ServerConfig, gguf: GGUFConfig) -> TextModel:
     """The model of that name as one that writes text: behind a server, or in this process.
 
     Raises:
         EchelonError: as `model_of`, or settings or a key that can't be used.
     """
     kind, _, name = spec.partition(":")
-    key = (spec, server if kind == "openai" else None)
+    settings: dict[str, ServerConfig | GGUFConfig] = {"openai": server, "gguf": gguf}
+    key = (spec, settings.get(kind))
     if key not in _writers:
         if kind == "openai":
             _writers[key] = ServerModel(name, server)
         elif kind == "gguf":
-            _writers[key] = GGUFModel.load(spec)
+            _writers[key] = GGUFModel.load(spec, gguf)
         else:
             _writers[key] = model_of(spec).text()
     return _writers[key]
@@ -144,7 +145,7 @@ def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlan
     budget = Budget(config.budget) if config.budget != BudgetConfig() else None
     planner: ModelPlanner
     if config.generates:
-        writer = writer_of(spec, config.server)
+        writer = writer_of(spec, config.server, config.gguf)
         planner = GeneratingPlanner(
             writer if budget is None else BudgetedText(writer, budget), ask=p.ask, folder=folder, memory=p.memory,
             reflect=p.reflect, max_options=p.max_options, max_tokens=p.max_tokens,
@@ -172,8 +173,9 @@ def _namespace(spec: str, config: RunConfig, planner: ModelPlanner) -> str:
     """All that a plan depends on beside the scene: the model itself, the way it is asked, and this code."""
     told: list[str] = [spec, *planner.depends_on, echelon.__version__]
     if spec.startswith("openai:"):
-        told += [writer_of(spec, config.server).url, str(config.server.temperature)]  # type: ignore[attr-defined]
+        told += [writer_of(spec, config.server, config.gguf).url, str(config.server.temperature)]  # type: ignore[attr-defined]
     else:
+        told.append(repr(config.gguf) if spec.startswith("gguf:") else "")
         path = resolve_gguf(spec) if spec.startswith("gguf:") else locate(spec)
         files = [path] if path.is_file() else sorted(path.iterdir())
         told += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
@@ -233,6 +235,7 @@ def build_worlds(
         beside=config.planning.timing == "lag" or (training and config.planning.timing == "free"),
         lag=config.planning.lag if config.planning.timing == "lag" else None,
         threads=config.planning.rounds,
+        batch=config.planning.batch,
     )
 
 

@@ -373,6 +373,8 @@ def _models(args: list[str]) -> int:
         """How long to time, about."""
         server: ServerConfig = field(default_factory=ServerConfig)
         """How the server of a model openai:<model> is reached."""
+        llama: GGUFConfig = field(default_factory=GGUFConfig)
+        """How a model gguf:<file> is run."""
         source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
         """A wheel or GGUF on this machine instead of a download."""
 
@@ -391,7 +393,7 @@ def _models(args: list[str]) -> int:
         return 0 if report.ok else 1
     elif flags.action == "bench":
         writes = flags.writes or flags.name.startswith(("openai:", "gguf:"))
-        model: Any = writer_of(flags.name, flags.server) if writes else model_of(flags.name)
+        model: Any = writer_of(flags.name, flags.server, flags.llama) if writes else model_of(flags.name)
         if isinstance(model, ServerModel):
             model.check()
         bench = bench_model(model, seconds=flags.seconds)

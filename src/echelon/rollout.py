@@ -103,6 +103,7 @@ class TeamWorlds:
         beside: bool = False,
         lag: int | None = None,
         threads: int = 1,
+        batch: int = 16,
     ) -> None:
         """Join worlds and planners.
 
@@ -119,7 +120,7 @@ class TeamWorlds:
             on_subgoals: called with a line of the record for each step at which planners that cost model time were
                 asked, or their late plans used: what a run needs to be repeated without them.
             beside: let the first planner's model work beside the simulation: agents that wait for it do what is
-                nearest meanwhile. `lag` and `threads`: see `PendingPlans`.
+                nearest meanwhile. `lag`, `threads`, `batch` (its `most`): see `PendingPlans`.
         """
         self.env, self.config, self.planners = env, config, list(planners)
         self.on_plan, self.trace_all, self.collision_cost = on_plan, trace_all, collision_cost
@@ -141,7 +142,7 @@ class TeamWorlds:
         first = self.planners[0][0] if planners else None
         self.pending: PendingPlans | None = None
         if beside and isinstance(first, ModelPlanner):
-            self.pending = PendingPlans(first, (W, A), lag=lag, threads=threads)
+            self.pending = PendingPlans(first, (W, A), lag=lag, threads=threads, most=batch)
 
     def start(self) -> None:
         """Plan the first subgoals: once, before the first step (not after `load_state_dict`)."""
@@ -219,6 +220,11 @@ class TeamWorlds:
             return
         for planner, mine in self.planners:
             rows = np.flatnonzero(needing & mine)
+            if self.pending is not None and planner is self.pending.planner:
+                # Few at a time, each world in its turn: a plan for many comes when they all have moved on.
+                some, rows = self.pending.turn(rows)
+                if len(some):
+                    self._plan(planner, some)
             if len(rows):
                 self._plan(planner, rows)
         tracker.write_features(needing)
@@ -256,12 +262,12 @@ class TeamWorlds:
         self._log(planner, rows, settled, request.need, before)
         if self.on_plan is not None and (self.trace_all or planner.cost == "model"):
             for i, w in enumerate(rows.tolist()):
-                if self._tells(planner, w):
+                if self._tells(w, i, *(plan for plan, _, _ in rounds)):
                     self.on_plan(self._trace(planner, request, rounds, settled, todo, tries, i, w, took))
 
-    def _tells(self, planner: Planner, world: int) -> bool:
-        """Whether the plans of this world are traced."""
-        return self.traced is None or world < self.traced or getattr(planner, "tells_all", False)
+    def _tells(self, world: int, i: int, *plans: Plan) -> bool:
+        """Whether the round of this world, row `i` of these plans, is traced."""
+        return self.traced is None or world < self.traced or any(p.told is not None and p.told[i] for p in plans)
 
     def _plan_now(self, planner: Planner, request: PlanRequest, settled: Plan) -> _Told:
         """Ask, check, send back what was refused, then fall back; into `settled`."""
@@ -297,7 +303,7 @@ class TeamWorlds:
         assert tracker is not None
         i, a = np.nonzero(request.need)
         pending.waits[request.rows[i], a] = -1
-        busy = pending.busy
+        busy = pending.busy or not pending.has_turn(request.rows)
         asking = pending.planner.begin(request, split=True, busy=busy)
         now = request.need & ~asking.open
         verdict = tracker.check(request, asking.plan, now)
@@ -344,7 +350,7 @@ class TeamWorlds:
         spent.seconds += time.perf_counter() - start
         if self.on_plan is not None:
             for i in np.flatnonzero(asked.need.any(1)).tolist():
-                if self._tells(pending.planner, int(asked.rows[i])):
+                if self._tells(int(asked.rows[i]), i, plan):
                     self.on_plan(self._late_trace(ticket, plan, still, verdict, i, tick))
 
     def _replace(

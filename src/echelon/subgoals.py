@@ -265,6 +265,7 @@ class Plan:
         task: int16, task id or -1.
         probability: float32 `(n, A, C)`, the planner's probability of each candidate, where it has any: 0 for
             candidates that it wasn't asked about, all 0 for agents that it wasn't asked about.
+        told: bool `(n,)`, rows that the model was asked about in words worth keeping, or None.
         counts: what of `Counts` a record tells of how its plans came about; empty for everybody else.
         notes: what a person wants to know of how a row's plan came about, as a JSON-able mapping, or None. Called at
             once or never, and only for rows that are recorded: it may be slow.
@@ -274,6 +275,7 @@ class Plan:
     cell: NDArray[np.int32]
     task: NDArray[np.int16]
     probability: NDArray[np.float32] | None = None
+    told: NDArray[np.bool_] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Callable[[int], dict[str, Any]] | None = None
 

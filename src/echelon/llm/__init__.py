@@ -5,9 +5,10 @@ transformers is imported only when a local model is loaded or converted.
 
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel, ChoicePrompt, ChoiceScores
+from echelon.llm.gguf import GGUFConfig, GGUFModel
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, clean, lines, option_lines
 from echelon.llm.server import ServerConfig, ServerModel
-from echelon.llm.store import KNOWN_MODELS, CheckReport, KnownModel, ModelStatus, ModelStore, resolve
+from echelon.llm.store import KNOWN_MODELS, CheckReport, KnownModel, ModelStatus, ModelStore, resolve, resolve_gguf
 from echelon.llm.text import TextModel, TextPrompt, TextReply
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "ChoiceModel",
     "ChoicePrompt",
     "ChoiceScores",
+    "GGUFConfig",
+    "GGUFModel",
     "KnownModel",
     "ModelStatus",
     "ModelStore",
@@ -36,4 +39,5 @@ __all__ = [
     "lines",
     "option_lines",
     "resolve",
+    "resolve_gguf",
 ]

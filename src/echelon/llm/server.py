@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import ipaddress
 import json
 import logging
@@ -31,7 +32,7 @@ from echelon.llm._http import KINDS, Answer, Fault, completion, content, find_js
 from echelon.llm.prompts import clean
 from echelon.llm.text import TextPrompt, TextReply
 
-__all__ = ["ServerConfig", "ServerModel"]
+__all__ = ["ServerConfig", "ServerModel", "hurry"]
 
 Structured = Literal["auto", "schema", "tool", "prompt"]
 _RUNGS: tuple[str, ...] = ("schema", "tool", "prompt")
@@ -245,6 +246,8 @@ class ServerModel:
         # Its own, and not seeded: jitter is there so that two processes don't do the same; it moves nothing but waits.
         self._random = random.Random()
         self._link: _Link | None = None
+        self._patience: float | None = None
+        self._limits: set[asyncio.Timeout] = set()  # of prompts under way; touched in the loop's thread only
         self._closed = False
         self.load_state_dict({})
         self._unlock()
@@ -254,6 +257,7 @@ class ServerModel:
         """Begin with new locks and without connections: in the child of a fork the loop's thread is gone."""
         self._lock, self._count_lock = threading.Lock(), threading.Lock()
         self._breaker.unlock()
+        self._limits = set()
         if self._link is not None:
             _ORPHANS.append(self._link)  # kept: to end it would end the parent's connections
             self._link = None
@@ -330,6 +334,22 @@ class ServerModel:
         self._counts = zeros
         self._breaker.opened = self._breaker.refused = 0
 
+    def hurry(self, seconds: float | None) -> None:
+        """Give each prompt at most so many seconds, those under way from now on; None: no such limit any more.
+
+        For a run that is to stop: a server that hangs must not keep it. May be called in the handler of a signal.
+        """
+        self._patience, link = seconds, self._link
+        if seconds is not None and link is not None:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                link.loop.call_soon_threadsafe(self._shorten, link.loop, seconds)
+
+    def _shorten(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        when = loop.time() + seconds
+        for limit in self._limits:
+            if not limit.expired() and (limit.when() or math.inf) > when:
+                limit.reschedule(when)
+
     def close(self) -> None:
         """End its thread and connections; prompts under way get an error, and so does whoever asks later."""
         with self._lock:
@@ -399,9 +419,15 @@ class ServerModel:
                 return TextReply("", self._line("left alone after too many failures in a row"))
             start, good, text, line = self._clock(), None, "", None
             tally = _Tally(start + self.config.attempts * self.config.timeout, how == "trial")
+            limit = asyncio.timeout(self._patience)
             try:
-                text = await self._answer(link, prompt, tally)
+                async with limit:
+                    self._limits.add(limit)
+                    text = await self._answer(link, prompt, tally)
                 good = True
+            except TimeoutError:
+                self._fault("timeout")
+                line, good = self._line("given up: the run is to stop"), False
             except Fault as fault:
                 line = self._line(fault.line)
                 # A server whose model writes prose is alive.
@@ -410,6 +436,7 @@ class ServerModel:
                 self._fault("other")
                 line, good = self._line(f"{type(error).__name__}: {error}"), False
             finally:
+                self._limits.discard(limit)
                 self._breaker.leave(how, good)
         config = self.config
         money = (tally.prompt_tokens * config.price_in + tally.completion_tokens * config.price_out) / 1e6
@@ -666,6 +693,12 @@ def _end(link: _Link) -> None:
         return
     if threading.current_thread() is not link.thread:
         link.thread.join(2.0)
+
+
+def hurry(seconds: float | None) -> None:
+    """`ServerModel.hurry` of every model of this process."""
+    for model in list(_MODELS):
+        model.hurry(seconds)
 
 
 _MODELS: weakref.WeakSet[ServerModel] = weakref.WeakSet()

@@ -89,7 +89,6 @@ class ModelPlanner(ABC):
 
     Attributes:
         model: who is asked.
-        tells_all: whether each of its plans is worth a record for people, as where each is a call to a server.
         sees: what of a scene its prompts tell, as `subgoals.Sight` has it; None if its plans depend on more than that.
         depends_on: what else decides its plans: templates, settings.
         between: called as (questions answered, questions) before each batch of a plan; what it raises gets through,
@@ -100,7 +99,6 @@ class ModelPlanner(ABC):
     model: Any
     needs_distance = True
     cost = "model"
-    tells_all = False
     sees: frozenset[Sight] | None = None
     depends_on: tuple[str, ...] = ()
     between: Callable[[int, int], None] = staticmethod(lambda answered, questions: None)

@@ -58,7 +58,7 @@ class FrugalPlanner(ModelPlanner):
     ) -> None:
         """Put them together; the model of `planner` must be one that keeps to `budget` itself."""
         self.planner, self.student, self.cache, self.budget = planner, student, cache, budget
-        self.name, self.tells_all = planner.name, planner.tells_all
+        self.name = planner.name
 
     @property
     def model(self) -> Any:
@@ -111,10 +111,10 @@ class FrugalPlanner(ModelPlanner):
         fresh = request.need & (request.rejected == 0)
         probability, confidence = self.student.decide(request, fresh)
         sure, ask = self.student.gate(request, fresh, confidence, busy=busy)
-        choice = self.student.choose(request, sure, probability, confidence)
+        # Who is neither sure nor to be asked has learnt nothing yet: without probabilities it gets what is nearest.
+        probability[fresh & ~sure] = 0
+        choice = self.student.choose(request, fresh & (sure | ~ask), probability, confidence)
         plan = Plan.chosen(request, choice)
-        # Neither sure nor to be asked: bad form, so that the fallback decides.
-        plan.kind[fresh & ~sure & ~ask] = -1
         audits = sure & ask
         i, a = np.nonzero((choice >= 0) & ~audits)
         tasks = np.where(EXCLUSIVE[plan.kind[i, a]], plan.task[i, a], -1)
@@ -128,6 +128,7 @@ class FrugalPlanner(ModelPlanner):
         plan = Plan(memo.chosen.kind.copy(), memo.chosen.cell.copy(), memo.chosen.task.copy())
         _put(plan, told, memo.wanted.need & ~memo.audits)
         plan.probability = told.probability
+        plan.told = answer.told if memo.left is None or answer.told is None else _of_rows(answer.told, memo.left)
         if self.student is not None and told.probability is not None:
             taught = memo.wanted.need & (memo.wanted.rejected == 0) & told.probability.any(-1)
             if taught.any():
@@ -194,6 +195,13 @@ class FrugalPlanner(ModelPlanner):
             own = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
             if own and part is not None:
                 part.load_arrays(own)
+
+
+def _of_rows(told: NDArray[np.bool_], left: Unanswered) -> NDArray[np.bool_]:
+    """Which of all rows were asked about, where `told` is about those that the cache didn't know."""
+    if not len(told):
+        return np.zeros(len(left.answer), bool)
+    return np.asarray((left.answer >= 0) & told[np.maximum(left.answer, 0)])
 
 
 def _put(into: Plan, plan: Plan, which: NDArray[np.bool_]) -> None:

@@ -139,8 +139,6 @@ class GeneratingPlanner(ModelPlanner):
         needs_scene: whether a template uses the scene.
     """
 
-    tells_all = True
-
     def __init__(
         self,
         model: TextModel,
@@ -226,6 +224,8 @@ class GeneratingPlanner(ModelPlanner):
             read.setdefault(question.i, []).append(answer)
             for a, proposal in answer.reading.proposals.items():
                 self._propose(request, plan, question.i, a, question.options[a], proposal)
+        plan.told = np.zeros(len(request.rows), bool)
+        plan.told[list(read)] = True
         forced = request.need & ~asking.open & (plan.kind > 0)
         plan.notes = lambda i: self._note(request, np.flatnonzero(forced[i]).tolist(), read.get(i, []))
         return plan

@@ -77,8 +77,10 @@ class RecordedPlanner(StatelessPlanner):
         event = _Event(packed, {str(k): int(v) for k, v in told.get("counts", {}).items()})
         if told.get("late"):
             self._late.setdefault(int(told["tick"]), []).append(event)
-        elif self._now.setdefault(int(told["tick"]), event) is not event:
-            raise ValueError  # one planning round a step
+        elif (first := self._now.setdefault(int(told["tick"]), event)) is not event:
+            # Worlds were planned for in two rounds.
+            counts = {k: first.counts.get(k, 0) + event.counts.get(k, 0) for k in first.counts | event.counts}
+            self._now[int(told["tick"])] = _Event(np.concatenate([first.subgoals, event.subgoals]), counts)
 
     def plan(self, request: PlanRequest) -> Plan:
         """What was planned at this step; what was refused once is not offered again."""
