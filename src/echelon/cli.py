@@ -22,6 +22,7 @@ from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_model, fetch
 from echelon.flags import env_flags, parse, run_flags, run_folder
+from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method, methods
 

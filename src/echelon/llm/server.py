@@ -39,6 +39,7 @@ _RUNGS: tuple[str, ...] = ("schema", "tool", "prompt")
 _REFUSED = (400, 404, 422, 501)  # what servers say to a field that they don't know
 _IGNORED = 3  # answers in a row that aren't JSON, until a way to ask for it counts as ignored
 _FIRST_WAIT, _MOST_WAIT = 0.5, 8.0  # seconds between attempts: doubled each time, then drawn from 50% to 100%
+_GIVEN_UP = "given up: the run is to stop"
 _OFFICIAL = "https://api.openai.com/v1"
 
 
@@ -247,6 +248,7 @@ class ServerModel:
         self._random = random.Random()
         self._link: _Link | None = None
         self._patience: float | None = None
+        self._given_up = False
         self._limits: set[asyncio.Timeout] = set()  # of prompts under way; touched in the loop's thread only
         self._closed = False
         self.load_state_dict({})
@@ -337,9 +339,10 @@ class ServerModel:
     def hurry(self, seconds: float | None) -> None:
         """Give each prompt at most so many seconds, those under way from now on; None: no such limit any more.
 
-        For a run that is to stop: a server that hangs must not keep it. May be called in the handler of a signal.
+        For a run that is to stop: a server that hangs must not keep it. Once a prompt took longer, no other is sent.
+        May be called in the handler of a signal.
         """
-        self._patience, link = seconds, self._link
+        self._patience, self._given_up, link = seconds, False, self._link
         if seconds is not None and link is not None:
             with contextlib.suppress(RuntimeError):  # closed meanwhile
                 link.loop.call_soon_threadsafe(self._shorten, link.loop, seconds)
@@ -414,6 +417,8 @@ class ServerModel:
     async def _one(self, link: _Link, prompt: TextPrompt) -> TextReply:
         """The reply to one prompt, whatever happens."""
         async with link.slots:
+            if self._given_up:
+                return TextReply("", self._line(_GIVEN_UP))
             how = self._breaker.enter()
             if how is None:
                 return TextReply("", self._line("left alone after too many failures in a row"))
@@ -427,7 +432,8 @@ class ServerModel:
                 good = True
             except TimeoutError:
                 self._fault("timeout")
-                line, good = self._line("given up: the run is to stop"), False
+                line, good = self._line(_GIVEN_UP), False
+                self._given_up = self._patience is not None
             except Fault as fault:
                 line = self._line(fault.line)
                 # A server whose model writes prose is alive.
