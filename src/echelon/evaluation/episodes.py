@@ -18,6 +18,7 @@ from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.planners.base import ModelPlanner
 from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds
+from echelon.subgoals import BESIDE
 
 __all__ = ["EpisodeResults", "evaluate", "evaluation_seed"]
 
@@ -126,7 +127,8 @@ def evaluate(
     plans: dict[str, float] = {}
     if worlds.tracker is not None:
         counts = asdict(worlds.tracker.counts)
-        plans |= {f"rejected_{k}": v for k, v in counts.pop("rejected").items()} | counts
+        plans |= {f"rejected_{k}": v for k, v in counts.pop("rejected").items()}
+        plans |= {k: v for k, v in counts.items() if worlds.pending is not None or k not in BESIDE}
         plans["planner_seconds"] = round(sum(spent.seconds for spent in worlds.plan_time.values()), 3)
         for planner, _ in worlds.planners:
             told = planner.counters() if isinstance(planner, ModelPlanner) else planner.state_dict()
