@@ -338,7 +338,7 @@ def test_l2m2_records_its_plans(tiny_model: str, place: Path) -> None:
     assert main(arguments) == 0
     lines = [json.loads(line) for line in Path("run/plans.jsonl").read_text().splitlines()]
     plans = [line for line in lines if "planner" in line]
-    assert len(plans) < len(lines) and all(plan["planner"].startswith("llm:") and plan["world"] < 4 for plan in plans)
+    assert len(plans) < len(lines) and all(plan["planner"].startswith("llm:") and plan["world"] == 0 for plan in plans)
     assert json.loads(Path("run/evaluation.json").read_text())["plans"]["model_prompts"] > 0
     assert any(p.prompt for e in load_replay(Path("run/replays/evaluation.json")).episodes for p in e.plans)
 

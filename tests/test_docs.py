@@ -21,11 +21,15 @@ import pytest
 
 from echelon import algorithms, cli, envs, methods, planners
 from echelon.algorithms import AlgorithmConfig, IPPOConfig, MAPPOConfig, QMIXConfig, VDNConfig
-from echelon.configs import RunConfig, read_toml
+from echelon.configs import PLAIN_TABLES, PlanningConfig, RunConfig, read_toml
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig
 from echelon.evaluation import evaluate_run
 from echelon.evaluation.protocol import Protocol
 from echelon.flags import run_flags
+from echelon.llm import BudgetConfig, GGUFConfig, ServerConfig
+from echelon.planners.distilled import DistilConfig
+from echelon.planners.generating import FIELDS
+from echelon.planners.replies import FINDINGS
 from echelon.studies import Study, presets, read_study, run_study
 from echelon.studies.work import execute
 from echelon.subgoals import BESIDE, SubgoalConfig
@@ -160,6 +164,16 @@ TINY += ["--eval-episodes", "2", "--replay-episodes", "1", "--out", "run"]
 def test_own_planner_runs() -> None:
     said = run_example("own_planner.py", "plan", "--method", "rule-goals", "--planner", "farthest")
     assert "planner farthest" in said and "accepted" in said
+
+
+def test_own_text_model_plans_and_trains_with_late_plans() -> None:
+    said = run_example("own_text_model.py", "plan", "--method", "rule-goals", "--planner", "first-option")
+    assert "planner llm:first-option" in said and "Gladly!" in said and "accepted" in said
+    late = ["--planning.timing", "lag", "--replay-episodes", "0"]
+    run_example("own_text_model.py", "train", "--method", "rule-goals", "--planner", "first-option", *TINY, *late)
+    told = lines_of(Path("run/metrics.jsonl"))[-1]
+    assert told["model_questions"] > 0 and told["model_failures"] == told["model_malformed"] == 0
+    assert told["subgoals_late"] > 0
 
 
 def test_own_method_trains() -> None:
@@ -372,9 +386,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def section(page: str, head: str) -> str:
     text = (ROOT / page).read_text(encoding="utf-8")
-    start = text.index(f"## {head}\n")
-    end = text.find("\n## ", start + 1)
-    return text[start : end if end > 0 else None]
+    start = re.search(rf"^(##+) {re.escape(head)}$", text, re.MULTILINE)
+    assert start is not None, f"{page} has no section {head}"
+    rest = text[start.end() :]
+    end = re.search(rf"^#{{2,{len(start[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start() if end is not None else None]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -390,7 +406,10 @@ def names(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of each kind, in the folder of its method's name; `l2m2` has a language model."""
+    """A short run of each kind, in the folder of its method's name; `l2m2` has a language model.
+
+    `spared` has one whose plans are spared in every way, `writes` one that writes its plans.
+    """
     place = tmp_path_factory.mktemp("runs")
     model = make_tiny_model(place / "model")
     env = WarehouseConfig(size=8, num_agents=2, num_packages=3)
@@ -404,6 +423,16 @@ def model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             method=name, env=env, steps=512, num_envs=8, threads=1, model=f"hf:{model}", algorithm=algorithm
         )
         Trainer(config, place / name).run()
+    base = RunConfig(
+        method="l2m2", env=env, steps=512, num_envs=8, threads=1, model=f"hf:{model}", algorithm=MAPPOConfig(rollout=16)
+    )
+    student = DistilConfig(enabled=True, start=20, agreement=0.2, audit=0.5, every=2, window=64)
+    asked = {
+        "spared": {"planning": PlanningConfig(cache="memory"), "distil": student, "budget": BudgetConfig(calls=10**6)},
+        "writes": {"planning": PlanningConfig(decide="generate", reflect=True, max_tokens=24)},
+    }
+    for name, tables in asked.items():
+        Trainer(dataclasses.replace(base, **tables), place / name).run()
     return place
 
 
@@ -413,9 +442,11 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
     written = {f"subgoals_{name}" for name in BESIDE}
-    for name in ("flat-mappo", "l2m2", "qmix"):
+    findings = {f"model_{name}" for name in FINDINGS}
+    for name in ("flat-mappo", "l2m2", "qmix", "spared", "writes"):
         written |= {field for line in lines_of(model_run / name / "metrics.jsonl") for field in line}
-    assert written == names(section("docs/files.md", "metrics.jsonl"))
+    assert findings <= written
+    assert written - findings == names(section("docs/files.md", "metrics.jsonl"))
 
 
 def test_timings_fields_are_those_of_the_docs(model_run: Path) -> None:
@@ -435,11 +466,31 @@ def test_plan_fields_are_those_of_the_docs(model_run: Path) -> None:
     assert {field for plan in told for agent in plan["agents"] for field in agent} <= names(entries)
     kept = [plan for plan in plans if "subgoals" in plan]
     assert kept and {field for plan in kept for field in plan} <= names(record)
+    about_agents, note = entries.split("In `note`:")
+    for name in ("spared", "writes"):
+        told = [plan for plan in lines_of(model_run / name / "plans.jsonl") if "subgoals" not in plan]
+        assert told and all(set(plan) == names(head) for plan in told)
+        assert {field for plan in told for agent in plan["agents"] for field in agent} <= names(about_agents)
+        assert {field for plan in told for field in plan["note"]} <= names(note)
+
+
+def test_a_models_tables_are_those_of_the_docs() -> None:
+    assert [row[0].strip("`") for row in rows(section("docs/models.md", "Templates, memory and reflection"))] == [
+        *FIELDS
+    ]
+    told = {row[0].strip("`"): row[1] for row in rows(section("docs/models.md", "Writing"))}
+    assert told == dict(FINDINGS)
+    heads = re.findall(r"^### `(\w+)`$", section("docs/models.md", "Settings"), re.MULTILINE)
+    assert heads == list(PLAIN_TABLES)
+    tables = set(re.findall(r"^\| `\[(\w+)\]` ", section("docs/files.md", "config.toml"), re.MULTILINE))
+    assert tables == {f.name for f in dataclasses.fields(RunConfig) if f.name in {"env", "subgoals", "algorithm"}} | {
+        *PLAIN_TABLES
+    }
 
 
 def test_run_files_are_those_of_the_docs(model_run: Path) -> None:
     text = (ROOT / "docs/files.md").read_text(encoding="utf-8")
-    for name in [p.name for p in (model_run / "l2m2").iterdir()] + [
+    for name in [p.name for run in ("l2m2", "spared") for p in (model_run / run).iterdir()] + [
         p.name for p in next((model_run / "l2m2" / "checkpoints").iterdir()).iterdir()
     ]:
         assert re.search(rf"`{re.escape(name)}/?`", text), name
@@ -579,6 +630,11 @@ def test_presets_are_those_of_the_docs() -> None:
         ("docs/concepts.md", "When agents are replanned", SubgoalConfig()),
         ("docs/methods.md", "MAPPO", MAPPOConfig()),
         ("docs/methods.md", "QMIX and VDN", QMIXConfig()),
+        ("docs/models.md", "`planning`", PlanningConfig()),
+        ("docs/models.md", "`distil`", DistilConfig()),
+        ("docs/models.md", "`budget`", BudgetConfig()),
+        ("docs/models.md", "`server`", ServerConfig()),
+        ("docs/models.md", "`gguf`", GGUFConfig()),
         ("docs/environments.md", "Settings of every world", GridConfig()),
         ("docs/environments.md", "`warehouse`", WarehouseConfig()),
         ("docs/environments.md", "`search`", SearchConfig()),
@@ -619,6 +675,7 @@ def test_planners_are_those_of_the_docs() -> None:
     assert {row[0].strip("`") for row in rows(text)} == {
         *planners.rule_planners(),
         "llm:<model>",
+        "distilled:<run>",
         "record:<plans.jsonl>",
     }
 

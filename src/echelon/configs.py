@@ -59,7 +59,7 @@ class PlanningConfig:
     cache_coarse: int = 1
     """Plan cache: path lengths are rounded down to multiples of this, so that more scenes are the same; above 1 the
     model is told the rounded ones."""
-    traced: int = 4
+    traced: int = 1
     """Worlds whose plans are told in full in plans.jsonl, with prompts; the record holds those of all."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -157,7 +158,9 @@ def bench_model(
     for at, batch in enumerate(sizes):
         row, left = BenchRow(batch), end - clock()
         if not dead and left > 0 and per_plan * batch <= left:
-            row = _time(lambda n: ask(model, n, rng, clock, errors), batch, left / (len(sizes) - at), per_plan, clock)
+            # More for larger batches, whose calls take longer, but not so much more that small ones get one call.
+            share = left * math.sqrt(batch) / sum(math.sqrt(size) for size in sizes[at:])
+            row = _time(lambda n: ask(model, n, rng, clock, errors), batch, share, per_plan, clock)
             dead, per_plan = row.failed == row.plans, row.seconds / row.plans
         rows.append(row)
         on_row(row)
@@ -309,6 +312,6 @@ def _ask_text(
 
 
 def _number(value: float) -> str:
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ _RATED = frozenset({"what", "steps", "feedback"})  # a template of no others: it
 _WHICH = re.compile(r"[\d(),]+")  # ids and cells
 _TOOL = int(SubgoalKind.TOOL)
 _KINDS, _VERDICTS = len(SubgoalKind), len(Verdict)
-_STEPS = 1 << 16  # path lengths are below it
 
 
 @dataclass
@@ -47,11 +46,11 @@ class _Questions:
         choice: int64 `(n, A)`, candidates that need no model; -1 for the others.
         taken: bool `(n, T)`, tasks taken, those of `choice` too.
         asked: bool `(n, A)`, agents whose choice is the model's.
-        codes: int64 `(n, A, most)`, the rated question about each option, -1 where there is none; None where the
-            template's questions are not of that kind.
-        words: by kind, what its subgoals are called.
-        prompts: what must be sent; fresh: its codes; of: the agents (row, agent) it is about, where not rated.
-        tokens: int64 `(n, A)`, tokens of an agent's questions, as far as they are answered.
+        row: int64 `(kinds,)`, by kind the row of the table of rated questions.
+        prompts: what must be sent.
+        fresh: int64 `(3, m)`, the places in the table (row, verdict, steps) that rated prompts are about; of: the
+            agents (row, agent) that others are about.
+        tokens: by agent (row, agent), what its question took, where not rated.
     """
 
     options: NDArray[np.int64]
@@ -59,12 +58,11 @@ class _Questions:
     choice: NDArray[np.int64]
     taken: NDArray[np.bool_]
     asked: NDArray[np.bool_]
-    codes: NDArray[np.int64] | None
-    words: dict[int, str]
-    prompts: list[ChoicePrompt]
-    fresh: NDArray[np.int64]
-    of: list[tuple[int, int]]
-    tokens: NDArray[np.int64]
+    row: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_KINDS, np.int64))
+    prompts: list[ChoicePrompt] = field(default_factory=list)
+    fresh: NDArray[np.int64] = field(default_factory=lambda: np.empty((3, 0), np.int64))
+    of: list[tuple[int, int]] = field(default_factory=list)
+    tokens: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 class LLMPlanner(ModelPlanner):
@@ -123,19 +121,13 @@ class LLMPlanner(ModelPlanner):
         count, taken = np.zeros(request.need.shape, np.int64), request.taken.copy()
         _list_open(request.need, c.kind, c.task, request.distance, request.refused, taken, options, count, choice)
         asked = count > 1
-        q = _Questions(options, count, choice, taken, asked, None, {}, [], np.empty(0, np.int64), [],
-                       np.zeros(request.need.shape, np.int64))  # fmt: skip
-        self.forced += int((count == 1).sum())
-        self.asked += int(asked.sum())
-        if self._rated:
-            unknown = self._rate(request, q)
-        else:
-            unknown = asked
-            q.of = [(int(i), int(a)) for i, a in zip(*np.nonzero(asked), strict=True)]
-            self.fresh += len(q.of)
-            q.prompts = [self.prompt(request, i, a, options[i, a, : count[i, a]]) for i, a in q.of]
+        q = _Questions(options, count, choice, taken, asked)
+        self.forced += int(np.count_nonzero(count == 1))
+        self.asked += int(np.count_nonzero(asked))
+        logprobs = self._rate(request, q) if self._rated else self._write(request, q)
+        unknown = asked & np.isnan(logprobs[..., 0])
         still = (unknown if split else asked) if unknown.any() else unknown
-        plan = self._choose(request, q, self._logprobs(q, []), asked & ~still, None)
+        plan = self._choose(request, q, logprobs, asked & ~still, None)
         return Asking(request, plan, still, lambda: self._ask(q.prompts), q)
 
     def end(self, asking: Asking, answers: Any) -> Plan:
@@ -144,58 +136,61 @@ class LLMPlanner(ModelPlanner):
             return asking.plan
         q, (scores, broken) = asking.memo, answers
         self.failures += broken is not None
-        return self._choose(asking.request, q, self._logprobs(q, scores), asking.open, broken)
-
-    def _logprobs(self, q: _Questions, scores: list[ChoiceScores]) -> NDArray[np.float64]:
-        """Log-probabilities of each agent's options, with these answers to `q.prompts`; NaN where there is none yet."""
-        if q.codes is None:
+        if self._rated:
+            row, verdict, steps = q.fresh[:, : len(scores)]
+            # An option's probability is proportional to its odds, as in `ChoicePrompt.each`.
+            self._odds[row, verdict, steps] = [float(s.logprobs[0]) - float(s.logprobs[1]) for s in scores]
+            self._tokens[row, verdict, steps] = [s.prompt_tokens for s in scores]
+            logprobs = self._from_table(asking.request, q)
+        else:
             logprobs = np.full(q.options.shape, np.nan)
-            for (i, a), s in zip(q.of, scores, strict=False):
-                logprobs[i, a, : len(s.logprobs)] = s.logprobs
-                q.tokens[i, a] = s.prompt_tokens
-            return logprobs
-        row, verdict, steps = _decode(q.fresh[: len(scores)])
-        # They are proportional to the options' odds, as in `ChoicePrompt.each`.
-        self._odds[row, verdict, steps] = [float(s.logprobs[0]) - float(s.logprobs[1]) for s in scores]
-        self._tokens[row, verdict, steps] = [s.prompt_tokens for s in scores]
-        asked = q.codes >= 0
-        at = _decode(np.where(asked, q.codes, 0))
-        q.tokens = np.where(asked, self._tokens[at], 0).sum(-1)
-        odds = np.where(asked, self._odds[at], -np.inf)
-        with np.errstate(invalid="ignore"):
-            shifted = odds - odds.max(-1, keepdims=True)
-            return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+            for (i, a), answer in zip(q.of, scores, strict=False):
+                logprobs[i, a, : len(answer.logprobs)] = answer.logprobs
+                q.tokens[i, a] = answer.prompt_tokens
+        return self._choose(asking.request, q, logprobs, asking.open, broken)
 
-    def _rate(self, request: PlanRequest, q: _Questions) -> NDArray[np.bool_]:
-        """Put the rated questions into codes; which agents have one whose answer isn't known, bool `(n, A)`."""
+    def _write(self, request: PlanRequest, q: _Questions) -> NDArray[np.float64]:
+        """A question for each agent; nothing is known yet."""
+        q.of = [(int(i), int(a)) for i, a in zip(*np.nonzero(q.asked), strict=True)]
+        q.prompts = [self.prompt(request, i, a, q.options[i, a, : q.count[i, a]]) for i, a in q.of]
+        self.fresh += len(q.of)
+        return np.full(q.options.shape, np.nan)
+
+    def _rate(self, request: PlanRequest, q: _Questions) -> NDArray[np.float64]:
+        """The log-probabilities of agents' options, NaN where the table lacks an answer, which is then asked for."""
         assert request.distance is not None
         c = request.candidates
-        at = np.nonzero(q.options >= 0)
-        chosen = q.options[at]
-        kind = c.kind[at[0], at[1], chosen].astype(np.int64)
-        steps = request.distance[at[0], at[1], chosen].astype(np.int64)
-        row = np.zeros(_KINDS, np.int64)
-        for k in np.flatnonzero(np.bincount(kind, minlength=_KINDS)).tolist():
-            first = int(np.argmax(kind == k))
-            text = request.text(int(at[0][first]), int(at[1][first]), int(chosen[first]), brief=True)
-            q.words[k] = " ".join(_WHICH.sub(" ", text).split())
-            row[k] = self._words.setdefault(q.words[k], len(self._words))
-        self._grow(int(steps.max(initial=0)))
-        verdict = request.rejected[at[0], at[1]].astype(np.int64)
-        q.codes = np.full(q.options.shape, -1, np.int64)
-        q.codes[at] = codes = (row[kind] * _VERDICTS + verdict) * _STEPS + steps
-        known = ~np.isnan(self._odds[row[kind], verdict, steps])
-        unknown = np.zeros(q.asked.shape, bool)
-        unknown[at[0][~known], at[1][~known]] = True
-        unknown &= q.asked
-        needed = ~known & unknown[at[0], at[1]]
-        q.fresh, first_of = np.unique(codes[needed], return_index=True)
-        self.fresh += len(q.fresh)
-        for j in np.flatnonzero(needed)[first_of].tolist():
-            text = self._render({"what": q.words[int(kind[j])], "steps": int(steps[j]),
-                                 "feedback": _feedback(int(verdict[j]))})  # fmt: skip
-            q.prompts.append(ChoicePrompt(self.shared, text, ("good", "bad")))
-        return unknown
+        first = np.full((_KINDS, 3), -1, np.int64)
+        steps = _survey(q.asked, q.options, q.count, c.kind, request.distance, first)
+        words = {}
+        for k in np.flatnonzero(first[:, 0] >= 0).tolist():
+            i, a, option = first[k].tolist()
+            words[k] = " ".join(_WHICH.sub(" ", request.text(i, a, option, brief=True)).split())
+            q.row[k] = self._words.setdefault(words[k], len(self._words))
+        self._grow(steps)
+        logprobs = self._from_table(request, q)
+        unknown = q.asked & np.isnan(logprobs[..., 0])
+        if unknown.any():
+            at = np.nonzero(unknown[..., None] & (q.options >= 0))
+            which = (*at[:2], q.options[at])
+            kinds, verdicts = c.kind[which].astype(np.int64), request.rejected[at[:2]].astype(np.int64)
+            # A kind's words decide the row: kinds of the same words come down to one question.
+            places = np.stack([q.row[kinds], verdicts, request.distance[which].astype(np.int64), kinds])
+            places = places[:, np.isnan(self._odds[places[0], places[1], places[2]])]
+            _, new = np.unique(places[:3], axis=1, return_index=True)
+            q.fresh = places[:3, new]
+            self.fresh += len(new)
+            for _, verdict, steps, kind in places[:, new].T.tolist():
+                text = self._render({"what": words[kind], "steps": steps, "feedback": _feedback(verdict)})
+                q.prompts.append(ChoicePrompt(self.shared, text, ("good", "bad")))
+        return logprobs
+
+    def _from_table(self, request: PlanRequest, q: _Questions) -> NDArray[np.float64]:
+        """Log-probabilities `(n, A, most)` of the options of agents that are asked; NaN where an answer is missing."""
+        logprobs = np.empty(q.options.shape)
+        c = request.candidates
+        _look_up(q.asked, q.options, q.count, c.kind, request.distance, request.rejected, q.row, self._odds, logprobs)
+        return logprobs
 
     def _grow(self, steps: int) -> None:
         """Make room in the table for every known word and so many steps."""
@@ -226,8 +221,7 @@ class LLMPlanner(ModelPlanner):
         plan = Plan.chosen(request, q.choice)
         plan.kind[unanswered] = -1
         plan.probability = np.zeros(c.kind.shape, np.float32)
-        i, a, k = np.nonzero(who[..., None] & (q.options >= 0))
-        plan.probability[i, a, q.options[i, a, k]] = np.exp(logprobs[i, a, k])
+        _spread(who, q.options, q.count, logprobs, plan.probability)
         plan.notes = lambda i: self._note(request, q, i, logprobs, broken)
         return plan
 
@@ -308,9 +302,18 @@ class LLMPlanner(ModelPlanner):
                 "prompt": prompt.text,
                 "options": [{"text": t, "probability": p} for t, p in zip(prompt.options, chances, strict=True)],
                 "chosen": int(at[0]) if len(at) else None,
-                "prompt_tokens": int(q.tokens[i, a]),
+                "prompt_tokens": self._cost(request, q, i, a),
             }
         return {"model": self.model.name, "agents": agents}
+
+    def _cost(self, request: PlanRequest, q: _Questions, i: int, a: int) -> int:
+        """The tokens of an agent's questions together."""
+        assert request.distance is not None
+        if not self._rated:
+            return q.tokens.get((i, a), 0)
+        options = q.options[i, a, : q.count[i, a]]
+        row = q.row[request.candidates.kind[i, a, options]]
+        return int(self._tokens[row, int(request.rejected[i, a]), request.distance[i, a, options]].sum())
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -336,11 +339,6 @@ class LLMPlanner(ModelPlanner):
     def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Put back what `arrays` gave, behind `load_state_dict`."""
         self._odds, self._tokens = arrays["odds"].copy(), arrays["tokens"].copy()
-
-
-def _decode(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The place in the table of rated questions: words, verdict, steps."""
-    return codes // _STEPS // _VERDICTS, codes // _STEPS % _VERDICTS, codes % _STEPS
 
 
 def _feedback(verdict: int) -> Block:
@@ -393,6 +391,52 @@ def _list_open(need, kind, task, distance, refused, taken, options, count, choic
                 t = task[i, a, found[0]]
                 if t >= 0 and EXCLUSIVE[kind[i, a, found[0]]]:
                     taken[i, t] = True
+
+
+@numba.njit(cache=True)
+def _survey(asked, options, count, kind, distance, first):  # type: ignore[no-untyped-def]
+    """Write where each kind of option comes up first (row, agent, candidate) into `first`; the longest way."""
+    longest = 0
+    for i in range(asked.shape[0]):
+        for a in range(asked.shape[1]):
+            if asked[i, a]:
+                for k in range(count[i, a]):
+                    c = options[i, a, k]
+                    longest = max(longest, int(distance[i, a, c]))
+                    if first[kind[i, a, c], 0] < 0:
+                        first[kind[i, a, c]] = i, a, c
+    return longest
+
+
+@numba.njit(cache=True)
+def _look_up(asked, options, count, kind, distance, rejected, row, odds, logprobs):  # type: ignore[no-untyped-def]
+    """Write the log-probabilities of options, proportional to their odds; NaN for agents that lack an answer."""
+    for i in range(asked.shape[0]):
+        for a in range(asked.shape[1]):
+            if not asked[i, a]:
+                continue
+            most, known, n = -np.inf, True, count[i, a]
+            for k in range(n):
+                c = options[i, a, k]
+                x = odds[row[kind[i, a, c]], rejected[i, a], distance[i, a, c]]
+                known &= not np.isnan(x)
+                logprobs[i, a, k] = x
+                most = max(most, x)
+            total = 0.0
+            for k in range(n):
+                total += np.exp(logprobs[i, a, k] - most)
+            for k in range(n):
+                logprobs[i, a, k] = logprobs[i, a, k] - most - np.log(total) if known else np.nan
+
+
+@numba.njit(cache=True)
+def _spread(who, options, count, logprobs, probability):  # type: ignore[no-untyped-def]
+    """Write the probabilities of options to where their candidates are."""
+    for i in range(who.shape[0]):
+        for a in range(who.shape[1]):
+            if who[i, a]:
+                for k in range(count[i, a]):
+                    probability[i, a, options[i, a, k]] = np.exp(logprobs[i, a, k])
 
 
 @numba.njit(cache=True)
