@@ -70,8 +70,8 @@ def model_of(spec: str) -> CausalChoiceModel:
     if spec.startswith(("openai:", "gguf:")):
         raise EchelonError(f"model {spec} writes text, and its probabilities aren't known: use a local one (hf:…)")
     if spec not in _models:
-        # One thread: two that wait for each other lose several times over where another program wants a core.
-        _models[spec] = CausalChoiceModel.load(spec, threads=1)
+        # Lanes, each with its own prompts: none waits for another, and answers don't depend on how many there are.
+        _models[spec] = CausalChoiceModel.load(spec, threads=os.cpu_count() or 1)
     return _models[spec]
 
 

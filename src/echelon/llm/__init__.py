@@ -4,6 +4,7 @@ transformers is imported only when a local model is loaded or converted.
 """
 
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
+from echelon.llm.causal_text import CausalTextModel
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel, ChoicePrompt, ChoiceScores
 from echelon.llm.gguf import GGUFConfig, GGUFModel
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, clean, lines, option_lines
@@ -20,6 +21,7 @@ __all__ = [
     "BudgetedChoice",
     "BudgetedText",
     "CausalChoiceModel",
+    "CausalTextModel",
     "CheckReport",
     "ChoiceModel",
     "ChoicePrompt",
