@@ -47,7 +47,8 @@ class PlanningConfig:
     """Generating: after a failed subgoal, ask what went wrong, and tell the answer in later prompts."""
     timing: Literal["wait", "lag", "free"] = "wait"
     """wait: the worlds stand still while the model plans; lag: they go on, and a plan is used exactly `lag` steps
-    later (results don't depend on how fast the model is); free: as soon as it is there (they do)."""
+    later, or at the end of a rollout (results don't depend on how fast the model is); free: as soon as it is there
+    (they do)."""
     lag: int = 8
     """Steps until a plan is used, with the timing `lag`."""
     rounds: int = 1

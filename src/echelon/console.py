@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from echelon.llm.server import hurry
 from echelon.training import Progress as TrainingProgress
 
 __all__ = ["Stopper", "Watch", "console", "results_rows", "results_table"]
@@ -40,6 +41,8 @@ class Stopper:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
+        # A server that hangs must not keep a run that is to stop.
+        hurry(2.0)
         console.print("stopping at the next safe point (again: at once)")
 
     @contextlib.contextmanager
@@ -49,6 +52,7 @@ class Stopper:
         try:
             yield self
         finally:
+            hurry(None)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

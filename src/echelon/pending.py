@@ -121,7 +121,11 @@ class PendingPlans:
         self._tickets.clear()
         self.waits[:] = -1
         if self._pool is not None:
+            # Nobody waits for these answers any more, nor for a server that hangs.
+            hurry = getattr(self.planner.model, "hurry", lambda seconds: None)
+            hurry(0.2)
             self._pool.shutdown(cancel_futures=True)
+            hurry(None)
             self._pool = None
 
 

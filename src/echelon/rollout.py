@@ -237,10 +237,17 @@ class TeamWorlds:
         if self.pending is not None and self.pending.lag is not None:
             self._use_late(everything=True)
 
+    def flush(self) -> None:
+        """Write what planners keep on the disk."""
+        for planner, _ in self.planners:
+            if isinstance(planner, ModelPlanner):
+                planner.flush()
+
     def close(self) -> None:
-        """End the threads that plan beside the simulation."""
+        """End the threads that plan beside the simulation, and write what planners keep on the disk."""
         if self.pending is not None:
             self.pending.close()
+        self.flush()
 
     def _plan(self, planner: Planner, rows: NDArray[np.int64]) -> None:
         tracker = self.tracker
@@ -465,7 +472,10 @@ class TeamWorlds:
                     v = Verdict(int(verdict[i, a]))
                     entry["verdict"], entry["reason"] = v.name.lower(), None if v == 0 else v.reason
                     entry.update(words.get("agents", {}).get(int(a), {}))
-            if fallback[i, a]:
+            if "verdict" not in entry:
+                # Its plan is being made: till then it does what the fallback says.
+                entry |= {"verdict": "fallback", "refused": "awaited", "reason": "the model's answer is awaited"}
+            elif fallback[i, a]:
                 entry["refused"], entry["verdict"] = entry["verdict"], "fallback"
             kind, task = SubgoalKind(int(settled.kind[i, a])), int(settled.task[i, a])
             target = env.row_col(int(settled.cell[i, a]))

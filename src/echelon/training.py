@@ -311,7 +311,8 @@ class Trainer:
             spent = {f"model_{k.removeprefix('prompt_')}": model_spent[k]
                      for k in ("calls", "prompt_tokens", "seconds") if k in model_spent}  # fmt: skip
             timings = {"step": self.step, "seconds": round(self._seconds, 3), "steps_per_second": round(rate),
-                       "shares": shares, "planner_seconds": model, **spent}  # fmt: skip
+                       "shares": shares, "planner_seconds": model, **spent,
+                       "model_spent": self._costs(model_spent)}  # fmt: skip
             logs["timings.jsonl"].write(timings)
             for name in ("steps_per_second", *spent):
                 board.add_scalar(name, timings[name], self.step)
@@ -352,6 +353,14 @@ class Trainer:
                     metrics |= {f"model_{k}": v for k, v in planner.counters().items()}
         return metrics
 
+    def _costs(self, spent: dict[str, float]) -> dict[str, float]:
+        """What the model did for this run, and what its planner counted besides: all that isn't 0."""
+        told = dict(spent)
+        for planner, _ in self.worlds.planners:
+            if isinstance(planner, ModelPlanner):
+                told |= planner.costs()
+        return {name: round(value, 6) for name, value in told.items() if value}
+
     def _record(self, line: dict[str, Any]) -> None:
         # The first plans are made while the worlds are built, before the log is open.
         if self._plans is None:
@@ -376,6 +385,7 @@ class Trainer:
             self.step,
             Checkpoint(progress, self.worlds.state_dict(), self.rollouts.algorithm.state_dict()),
         )
+        self.worlds.flush()
         for planner, _ in self.worlds.planners:
             if isinstance(planner, FrugalPlanner) and planner.student is not None:
                 # For others to plan with; this run goes on from its checkpoint.

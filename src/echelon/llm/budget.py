@@ -175,6 +175,11 @@ class BudgetedText:
         """Give the model its counters back."""
         self.model.load_state_dict(state)
 
+    def hurry(self, seconds: float | None) -> None:
+        """As `ServerModel.hurry`, if the model knows that."""
+        if callable(hurry := getattr(self.model, "hurry", None)):
+            hurry(seconds)
+
     def close(self) -> None:
         """Close the model."""
         self.model.close()

@@ -127,6 +127,13 @@ class ModelPlanner(ABC):
         """What it counted since the run began, for logs: `questions` and whatever else it knows."""
         return {}
 
+    def costs(self) -> dict[str, float]:
+        """What else it counted, which may differ where a run is repeated or resumed."""
+        return {}
+
+    def flush(self) -> None:  # noqa: B027 - most keep nothing
+        """Write what it keeps on the disk."""
+
     def notes(self) -> list[str]:
         """What a person must know, a line each: a budget that is spent, a cache that can't be used."""
         return []

@@ -147,15 +147,26 @@ class FrugalPlanner(ModelPlanner):
     # -- what it counted, and its state --------------------------------------------------------
 
     def counters(self) -> dict[str, float]:
-        """The planner's, and what spared the model: `student_…`, `cache_…`, `budget_…`."""
+        """The planner's, and the student's as `student_…`."""
         told = dict(self.planner.counters())
         if self.student is not None:
             told |= {f"student_{k}": v for k, v in self.student.report().items()}
+        return told
+
+    def costs(self) -> dict[str, float]:
+        """The cache's counts since this process began as `cache_…`, the budget's as `budget_…`."""
+        told: dict[str, float] = {}
         if self.cache is not None:
             told |= {f"cache_{k}": v for k, v in self.cache.cache.report().items() if isinstance(v, int | float)}
+            told["cache_same"] = self.cache.same
         if self.budget is not None:
             told |= {f"budget_{k}": v for k, v in self.budget.state_dict().items()}
         return told
+
+    def flush(self) -> None:
+        """Write the cache's newest plans."""
+        if self.cache is not None:
+            self.cache.cache.flush()
 
     def notes(self) -> list[str]:
         """What a person must know: a budget that is spent, a cache that can't be used."""

@@ -8,7 +8,7 @@ from echelon.studies.spec import Study
 
 __all__ = ["preset", "presets"]
 
-# Of the worlds in which l2m2's executors learn the model plans an eighth (a run's default is 1/64).
+# Of the worlds in which l2m2's executors learn the model plans an eighth, as in the results under docs/results.
 _SETTINGS = {"method": {"l2m2": {"llm_share": 0.125}}}
 METHODS = ("l2m2", "rule-goals", "flat-mappo", "qmix", "llm-only", "random-goals", "classical")
 
