@@ -169,7 +169,7 @@ def test_own_planner_runs() -> None:
 def test_own_text_model_plans_and_trains_with_late_plans() -> None:
     said = run_example("own_text_model.py", "plan", "--method", "rule-goals", "--planner", "first-option")
     assert "planner llm:first-option" in said and "Gladly!" in said and "accepted" in said
-    late = ["--planning.timing", "lag", "--replay-episodes", "0"]
+    late = ["--planning.timing", "lag"]
     run_example("own_text_model.py", "train", "--method", "rule-goals", "--planner", "first-option", *TINY, *late)
     told = lines_of(Path("run/metrics.jsonl"))[-1]
     assert told["model_questions"] > 0 and told["model_failures"] == told["model_malformed"] == 0
@@ -451,8 +451,11 @@ def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
 
 def test_timings_fields_are_those_of_the_docs(model_run: Path) -> None:
     line, other = (lines_of(model_run / name / "timings.jsonl")[-1] for name in ("l2m2", "qmix"))
-    text = section("docs/files.md", "timings.jsonl")
+    text, keys = section("docs/files.md", "timings.jsonl").split("Keys of `model_spent`")
     assert set(line) == names(text)
+    spent = {key for name in ("l2m2", "spared", "writes")
+             for one in lines_of(model_run / name / "timings.jsonl") for key in one["model_spent"]}  # fmt: skip
+    assert spent <= set(re.findall(r"`(\w+)`", keys)) and "cache_misses" in spent
     assert {*line["shares"], *other["shares"]} <= set(re.findall(r"`(\w+)`", text))
 
 

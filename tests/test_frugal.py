@@ -160,7 +160,7 @@ def test_a_budget_that_is_spent_leaves_the_fallback_and_says_so() -> None:
     assert counts.fallback > 20
     told = f"the model's budget is spent (calls ({model.questions} of 40)): the fallback plans from here on"
     assert planner.notes() == [told]
-    assert planner.counters()["budget_refused"] > 0
+    assert planner.costs()["budget_refused"] > 0
 
 
 def test_notes_say_who_decided() -> None:
