@@ -330,7 +330,7 @@ def test_ctrl_c_while_the_server_hangs(tmp_path: Path) -> None:
 
 def test_in_a_hurry_nobody_waits_for_a_server_that_hangs() -> None:
     with MisbehavingServer(lambda request: "late") as server:
-        model = ServerModel("test", ServerConfig(url=server.url, timeout=900.0, breaker_failures=0, key_variable=""))
+        model = ServerModel("test", ServerConfig(url=server.url, timeout=900.0, breaker_failures=5, key_variable=""))
         replies: list[TextReply] = []
         asking = threading.Thread(target=lambda: replies.extend(model.generate([TextPrompt("", "x")] * 20)))
         asking.start()
@@ -345,7 +345,7 @@ def test_in_a_hurry_nobody_waits_for_a_server_that_hangs() -> None:
         # Those that were under way; no other was sent.
         assert server.requests == model.state_dict()["fault_timeout"] == 16
         server.behave = lambda request: Fault("late", seconds=0.2, text="there")
-        assert model.generate([TextPrompt("", "x")])[0].text == "there", "waited for again"
+        assert model.generate([TextPrompt("", "x")])[0].text == "there", "waited for again; the breaker is closed"
         model.close()
         hurry(0.05)
         hurry(None)

@@ -174,3 +174,17 @@ def test_notes_say_who_decided() -> None:
     assert any("audit" in entry for entry in entries)
     assert any("options" not in entry and "audit" not in entry for entry in entries), "the student's"
     json.dumps([vars(t) for t in lines], allow_nan=False)
+
+
+def test_with_a_lag_too_what_the_cache_holds_changes_nothing(tmp_path: Path) -> None:
+    """A plan that is known already is used when it would have come."""
+    found = []
+    for _ in range(2):
+        cache = cache_of(tmp_path / "plans.sqlite")
+        worlds = team(frugal(Near(), cache=cache), beside=True, lag=3)
+        found.append(flights(worlds, 60))
+        worlds.close()
+        cache.cache.close()
+    for a, b in zip(*found, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)

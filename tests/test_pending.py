@@ -298,3 +298,30 @@ def test_a_run_with_a_lag_stopped_and_resumed_is_the_run_that_never_stopped(
         np.testing.assert_array_equal(array, two.worlds[name], err_msg=name)
     lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["subgoals_late"] for line in lines) > 0
+
+
+@pytest.mark.parametrize("timing", ["lag", "free"])
+def test_the_record_of_a_whole_run_repeats_it(
+    timing: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Plans that are used at a rollout's end come behind that step's own planning, in the record too."""
+    from echelon.algorithms.mappo import MAPPOConfig
+    from echelon.configs import PlanningConfig, RunConfig
+    from echelon.training import Trainer
+    from tiny_model import make_tiny_model
+
+    config = RunConfig(
+        method="l2m2", model=f"hf:{make_tiny_model(tmp_path_factory.mktemp('tiny'))}", env=ENV, steps=960, num_envs=8,
+        threads=1, algorithm=MAPPOConfig(rollout=10), subgoals=SubgoalConfig(scope="team"),
+        planning=PlanningConfig(timing=timing, lag=8, prompts=str(PROMPTS / "letters")),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert Trainer(config, tmp_path / "one").run()
+    again = dataclasses.replace(config, model="none", planner=f"record:{tmp_path / 'one'}")
+    assert Trainer(again, tmp_path / "two").run()
+    one, two = (
+        [{k: v for k, v in json.loads(line).items() if not k.startswith("model_")}
+         for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )  # fmt: skip
+    assert one == two
+    assert timing == "free" or sum(line["subgoals_late"] for line in one) > 0

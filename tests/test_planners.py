@@ -628,3 +628,11 @@ def test_a_model_without_an_answer_costs_the_fallback_and_not_the_run() -> None:
         assert (verdict == Verdict.FORM).sum() == planner.asked
         assert plan.notes is not None
         assert any("error" in told for told in plan.notes(0)["agents"].values())
+
+
+def test_notes_tell_what_was_asked_also_when_a_later_round_has_begun() -> None:
+    request, model = ask(team(1, 3)), prefer([1, 1, 1])
+    plan = LLMPlanner(model, folder=LETTERED).plan(request)
+    request.rejected[0, 0] = Verdict.UNREACHABLE
+    assert plan.notes is not None
+    assert plan.notes(0)["agents"][0]["prompt"] == model.asked[0].text

@@ -159,8 +159,7 @@ def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlan
     student = Student(config.distil, config.seed) if config.distil.enabled and training else None
     cache = None
     if p.cache:
-        if planner.sees is None:
-            raise EchelonError(f"planning.cache is {p.cache}: with planning.reflect a plan depends on what went before")
+        assert planner.sees is not None  # only reflections depend on more, and are refused beside a cache
         path = None if p.cache == "memory" else Path(p.cache)
         kept = PlanCache(path, namespace=_namespace(spec, config, planner))
         cache = CachedPlans(kept, planner.sees, coarse=p.cache_coarse)

@@ -76,6 +76,8 @@ class PlanningConfig:
         ):
             if not good:
                 raise EchelonError(f"planning.{name} is {getattr(self, name)}: it must be {need}")
+        if self.cache and self.reflect:
+            raise EchelonError("planning.cache and planning.reflect don't go together: a lesson is of what went before")
         for name, hint in typing.get_type_hints(PlanningConfig).items():
             if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
                 raise unknown_name(f"planning.{name}", str(getattr(self, name)), typing.get_args(hint))
@@ -163,6 +165,8 @@ class RunConfig:
         ):
             if not good:
                 raise EchelonError(f"{name} is {getattr(self, name)}: it must be {need}")
+        if self.budget.money and not (self.server.price_in or self.server.price_out):
+            raise EchelonError("budget.money needs server.price_in or server.price_out: else none is reckoned")
         if self.planner is not None and method(self.method).eval_planner is None:
             raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
 

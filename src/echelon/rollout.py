@@ -234,7 +234,7 @@ class TeamWorlds:
 
         Plans without a lag go on: a run that resumes from a checkpoint asks anew.
         """
-        if self.pending is not None and self.pending.lag is not None:
+        if self.tracker is not None and (self.pending is None or self.pending.lag is not None):
             self._use_late(everything=True)
 
     def flush(self) -> None:
@@ -333,7 +333,7 @@ class TeamWorlds:
         tick = int(tracker.tick[0])
         for planner, _ in self.planners:
             if isinstance(planner, RecordedPlanner):
-                for rows, plan, which in planner.late(tick, tracker.kind.shape[1]):
+                for rows, plan, which in planner.late(tick, tracker.kind.shape[1], after=everything):
                     self._replace(planner, rows, plan, which)
         for ticket in pending.due(tick, everything=everything) if pending is not None else ():
             self._use(ticket, tick)
@@ -356,7 +356,7 @@ class TeamWorlds:
         verdict = self._replace(pending.planner, asked.rows, plan, still, before)
         spent.seconds += time.perf_counter() - start
         if self.on_plan is not None:
-            for i in np.flatnonzero(asked.need.any(1)).tolist():
+            for i in np.flatnonzero(ticket.asking.open.any(1)).tolist():
                 if self._tells(int(asked.rows[i]), i, plan):
                     self.on_plan(self._late_trace(ticket, plan, still, verdict, i, tick))
 
@@ -529,8 +529,7 @@ class TeamWorlds:
         if self.tracker is not None:
             state |= {f"tracker.{k}": v for k, v in self.tracker.state_dict().items()}
         for n, (planner, _) in enumerate(self.planners):
-            if isinstance(planner, ModelPlanner):
-                state |= {f"planner.{n}.{k}": v for k, v in planner.arrays().items()}
+            state |= {f"planner.{n}.{k}": v for k, v in planner.arrays().items()}
         return state | {"begins": self.begins.copy(), "sums": self._sums.copy()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -542,7 +541,7 @@ class TeamWorlds:
         self._sums[:] = state["sums"]
         for n, (planner, _) in enumerate(self.planners):
             own = {k.removeprefix(f"planner.{n}."): v for k, v in state.items() if k.startswith(f"planner.{n}.")}
-            if own and isinstance(planner, ModelPlanner):
+            if own:
                 planner.load_arrays(own)
 
 

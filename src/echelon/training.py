@@ -418,10 +418,10 @@ class Trainer:
                 f"put it back, or start a new run with --config"
             )
         self._model_base = progress.get("model", {})
-        self.worlds.load_state_dict(checkpoint.worlds)
         self.rollouts.algorithm.load_state_dict(checkpoint.algorithm)
         for planner, _ in self.worlds.planners:
             planner.load_state_dict(progress["planners"][planner.name])
+        self.worlds.load_state_dict(checkpoint.worlds)
 
 
 def _require_free(folder: Path) -> None:

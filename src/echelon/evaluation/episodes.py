@@ -131,9 +131,7 @@ def evaluate(
         plans |= {k: v for k, v in counts.items() if worlds.pending is not None or k not in BESIDE}
         plans["planner_seconds"] = round(sum(spent.seconds for spent in worlds.plan_time.values()), 3)
         for planner, _ in worlds.planners:
-            told = (
-                planner.counters() | planner.costs() if isinstance(planner, ModelPlanner) else planner.state_dict()
-            )
+            told = planner.counters() | planner.costs() if isinstance(planner, ModelPlanner) else planner.state_dict()
             plans |= {k: v for k, v in told.items() if isinstance(v, int | float)}
     plans |= {f"model_{k}": v - before[k] for k, v in spent_by(config, worlds).items()}
     replay = recorder.document(worlds, results[0]) if recorder is not None else None

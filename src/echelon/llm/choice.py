@@ -267,7 +267,8 @@ class CausalChoiceModel:
 
     def forget(self) -> None:
         """Forget every answer: the next questions cost what they would in a process of their own."""
-        self._cache.clear()
+        with self._lock:
+            self._cache.clear()
 
     def state_dict(self) -> dict[str, int | float]:
         """The counters, fit for JSON. The caches hold nothing that can't be computed again."""

@@ -432,7 +432,8 @@ class ServerModel:
                 good = True
             except TimeoutError:
                 self._fault("timeout")
-                line, good = self._line(_GIVEN_UP), False
+                # Broken off in a hurry it says nothing about the server.
+                line, good = self._line(_GIVEN_UP), None if self._patience is not None else False
                 self._given_up = self._patience is not None
             except Fault as fault:
                 line = self._line(fault.line)

@@ -44,6 +44,14 @@ class Planner(Protocol):
         """Put back what `state_dict` gave."""
         ...
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What it remembers in arrays, by name."""
+        ...
+
+    def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `arrays` gave, behind `load_state_dict`."""
+        ...
+
 
 class StatelessPlanner:
     """Base of planners that remember nothing: each plan is a function of its request."""
@@ -56,6 +64,13 @@ class StatelessPlanner:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to put back."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Nothing."""
+        return {}
+
+    def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Nothing to put back."""
 
 

@@ -83,17 +83,14 @@ class FrugalPlanner(ModelPlanner):
         left = None if self.cache is None else self.cache.begin(wanted)
         inner = self.planner.begin(wanted if left is None else left.request, split=split, busy=busy)
         memo = _Memo(chosen, wanted, audits, left, inner)
-        if not inner.open.any():
+        if not inner.open.any() and (left is None or not split):
             plan = self._whole(memo, inner.plan)
             return Asking(request, plan, np.zeros_like(request.need), inner.work, memo)
         plan, still = Plan(chosen.kind.copy(), chosen.cell.copy(), chosen.task.copy()), wanted.need & ~audits
         if left is None:
             _put(plan, inner.plan, still & ~inner.open)
             still = still & inner.open
-        elif self.cache is not None:
-            unknown = (left.answer >= 0)[:, None]
-            _put(plan, self.cache.end(left, None), still & ~unknown)
-            still = still & unknown
+        # With a cache all wait, known or not: what it holds must not decide when a plan is used.
         return Asking(request, plan, still, inner.work, memo, asks=True)
 
     def end(self, asking: Asking, answers: Any) -> Plan:
@@ -148,7 +145,8 @@ class FrugalPlanner(ModelPlanner):
 
     def counters(self) -> dict[str, float]:
         """The planner's, and the student's as `student_…`."""
-        told = dict(self.planner.counters())
+        # Behind a cache it counts what the cache lacked, which another run may have put there.
+        told = dict(self.planner.counters()) if self.cache is None else {}
         if self.student is not None:
             told |= {f"student_{k}": v for k, v in self.student.report().items()}
         return told
@@ -157,6 +155,7 @@ class FrugalPlanner(ModelPlanner):
         """The cache's counts since this process began as `cache_…`, the budget's as `budget_…`."""
         told: dict[str, float] = {}
         if self.cache is not None:
+            told |= self.planner.counters()
             told |= {f"cache_{k}": v for k, v in self.cache.cache.report().items() if isinstance(v, int | float)}
             told["cache_same"] = self.cache.same
         if self.budget is not None:

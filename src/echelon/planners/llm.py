@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ class LLMPlanner(ModelPlanner):
     def begin(self, request: PlanRequest, *, split: bool = False, busy: bool = False) -> Asking:
         """Choose what needs no model, and put the rest into questions."""
         assert request.distance is not None
+        # Notes are written when later rounds have written over it.
+        request = replace(request, rejected=request.rejected.copy())
         c, shape = request.candidates, (*request.need.shape, self.max_options)
         options, choice = np.full(shape, -1, np.int64), np.full(request.need.shape, -1, np.int64)
         count, taken = np.zeros(request.need.shape, np.int64), request.taken.copy()

@@ -51,7 +51,8 @@ class RecordedPlanner(StatelessPlanner):
         """
         self.name = f"record:{path}"
         self._now: dict[int, _Event] = {}
-        self._late: dict[int, list[_Event]] = {}
+        # By step, and whether they were used behind that step's planning, as at the end of a rollout.
+        self._late: dict[tuple[int, bool], list[_Event]] = {}
         file = path / "plans.jsonl" if path.is_dir() else path
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -66,7 +67,7 @@ class RecordedPlanner(StatelessPlanner):
                 raise EchelonError(f"record {file}, line {number}: it is no plan of plans.jsonl") from None
         events = [*self._now.values(), *(event for some in self._late.values() for event in some)]
         if not events:
-            raise EchelonError(f"record {file} holds no plan")
+            raise EchelonError(f"record {file} holds no plan that can be repeated: it must be a training's plans.jsonl")
         self.worlds: NDArray[np.int64] = np.unique(np.concatenate([e.subgoals[:, 0] for e in events])).astype(np.int64)
         self.missed = 0
 
@@ -75,12 +76,13 @@ class RecordedPlanner(StatelessPlanner):
         if packed[:, :2].min(initial=0) < 0:
             raise ValueError
         event = _Event(packed, {str(k): int(v) for k, v in told.get("counts", {}).items()})
+        tick = int(told["tick"])
         if told.get("late"):
-            self._late.setdefault(int(told["tick"]), []).append(event)
-        elif (first := self._now.setdefault(int(told["tick"]), event)) is not event:
+            self._late.setdefault((tick, tick in self._now), []).append(event)
+        elif (first := self._now.setdefault(tick, event)) is not event:
             # Worlds were planned for in two rounds.
             counts = {k: first.counts.get(k, 0) + event.counts.get(k, 0) for k in first.counts | event.counts}
-            self._now[int(told["tick"])] = _Event(np.concatenate([first.subgoals, event.subgoals]), counts)
+            self._now[tick] = _Event(np.concatenate([first.subgoals, event.subgoals]), counts)
 
     def plan(self, request: PlanRequest) -> Plan:
         """What was planned at this step; what was refused once is not offered again."""
@@ -95,10 +97,18 @@ class RecordedPlanner(StatelessPlanner):
             self.missed += int((request.need & (plan.kind < 0)).sum())
         return plan
 
-    def late(self, tick: int, agents: int) -> list[tuple[NDArray[np.int64], Plan, NDArray[np.bool_]]]:
-        """The plans that were used late at this step: their worlds' rows, the plan, and for whom it is."""
+    def late(
+        self, tick: int, agents: int, *, after: bool = False
+    ) -> list[tuple[NDArray[np.int64], Plan, NDArray[np.bool_]]]:
+        """The plans that were used late at this step: their worlds' rows, the plan, and for whom it is.
+
+        Args:
+            tick: the step.
+            agents: in each world.
+            after: those used behind the step's own planning instead of before it.
+        """
         found = []
-        for event in self._late.get(tick, ()):
+        for event in self._late.get((tick, after), ()):
             rows = np.unique(event.subgoals[:, 0]).astype(np.int64)
             shape = (len(rows), agents)
             plan = Plan(np.full(shape, -1, np.int8), np.zeros(shape, np.int32), np.full(shape, -1, np.int16))
