@@ -67,10 +67,12 @@ def test_the_rated_prompt_is_the_same_function_either_way(result: dict[str, Any]
 
 
 def test_tables_are_put_between_their_marks_and_nowhere_else(tool: dict[str, Any], tmp_path: Path) -> None:
-    cache = {"steps": 1000, "asked": 75, "asked_without": 100, "spared": 0.25}
-    told = {"replay": {"metrics_equal": True, "weights_equal": False, "steps": 2048, "subgoals": 90, "late_plans": 7,
-                       "record_bytes_per_million": 3.14e6, "told_bytes_per_million": 0.0}}  # fmt: skip
-    assert tool["cache_table"](cache).splitlines()[-1] == "| 1,000 | 100 | 75 | 25.00% |"
+    cache = {"steps": 1000, "asked": 75, "decisions": 100, "spared": 0.25}
+    told = {"replay": {
+        "metrics_equal": True, "weights_equal": False, "steps": 2048, "subgoals": 90, "late_plans": 7,
+        "outdated_plans": 2, "record_bytes_per_million": 3.14e6, "told_bytes_per_million": 0.0,
+    }}  # fmt: skip
+    assert tool["cache_table"](cache).splitlines()[-1] == "| 1,000 | 100 | 75 | 25.0% |"
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- Replay -->\nold\n<!-- end -->\nb\n<!-- Success -->\nkept\n<!-- end -->\n", "utf-8")
     for _ in range(2):
