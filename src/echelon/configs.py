@@ -8,7 +8,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -214,12 +214,14 @@ def _tables(name: str) -> dict[str, type[Any]]:
     return {"subgoals": SubgoalConfig, "algorithm": config_of(method(name).algorithm)}
 
 
-def to_toml(config: RunConfig) -> str:
-    """The config as TOML that `from_toml` reads back; settings that are None are left out."""
+def to_toml(config: RunConfig, *, without: Collection[str] = ()) -> str:
+    """The config as TOML that `from_toml` reads back, `without` some tables; settings that are None are left out."""
     lines = [f'environment = "{env_name(config.env)}"']
     tables: list[str] = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if f.name in without:
+            continue
         if dataclasses.is_dataclass(value):
             tables.append(f"\n[{f.name}]")
             tables.extend(toml_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))

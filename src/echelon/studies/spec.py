@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echelon.configs import RunConfig, from_toml, read_toml_file, to_toml, toml_line, typed
+from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml_file, to_toml, toml_line, typed
 from echelon.envs import environments, make
 from echelon.errors import EchelonError, unknown_name
 from echelon.evaluation.protocol import Protocol
@@ -162,7 +162,7 @@ class Study:
             "env": {**env, "size": size, "num_agents": agents},
         }
         config = from_toml(data, f"study {self.name}, {name}")
-        says = to_toml(config) + json.dumps(dataclasses.asdict(self.protocol), sort_keys=True)
+        says = _says(config) + json.dumps(dataclasses.asdict(self.protocol), sort_keys=True)
         short = hashlib.sha256(says.encode()).hexdigest()[:8]
         where = f"{environment}-s{size}-a{agents}-{name}-seed{seed}"
         record = self.record if seed == self.seeds[0] else 0
@@ -227,6 +227,14 @@ def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = 
     values = {"name": name, **typed(Study, data, f"{source}: ")}
     protocol = Protocol(**typed(Protocol, tables.pop("protocol"), f"{source}: protocol."))
     return Study(**values, protocol=protocol, settings={k: t for k, t in tables.items() if t})
+
+
+def _says(config: RunConfig) -> str:
+    """What decides a run, for its id: settings that came later count only where they aren't at their defaults."""
+    usual = [name for name, table in PLAIN_TABLES.items() if getattr(config, name) == table()]
+    if config.llm_share is None and not method(config.method).needs_model(config.planner):
+        config = dataclasses.replace(config, llm_share=1 / 64)  # it means nothing here, and was in every id
+    return to_toml(config, without=usual)
 
 
 def study_to_toml(study: Study) -> str:
