@@ -317,21 +317,23 @@ def naive(args: argparse.Namespace) -> dict[str, Any]:
     """What it costs to ask the model at each decision, and what a plan cache saves of that."""
     model, midst = CausalChoiceModel.load(MODEL, threads=args.threads, cache_size=0), Midst(args)
     found: dict[str, Any] = {REFERENCE: midst.go_on(None, updates=16)}
-    for name, planner in {
-        NAIVE["rated"]: Forgetful(model), NAIVE["letters"]: LLMPlanner(model, folder=LETTERS),
+    asking: dict[str, LLMPlanner | Counting] = {
+        NAIVE["rated"]: Forgetful(model),
+        NAIVE["letters"]: LLMPlanner(model, folder=LETTERS),
         NAIVE["cached"]: cached(model),
-    }.items():  # fmt: skip
+    }
+    for name, planner in asking.items():
         result = midst.go_on(planner)
         result["times_slower"] = found[REFERENCE]["steps_per_second"] / result["steps_per_second"]
         found[name] = result
         say(f"naive, {name}: {result['steps_per_second']:,.1f} steps/s, {result['times_slower']:,.0f} times slower, "
             f"{result['asked']} decisions")  # fmt: skip
     # How often a scene comes again in a longer run doesn't need the model.
-    planner = cached(StandIn())
-    long = midst.go_on(planner, updates=max(1, args.cache_steps // (args.naive_worlds * args.naive_rollout)))
-    found["cache"] = {"steps": long["steps"], "decisions": planner.decisions, "asked": long["asked"],
-                      "spared": 1 - long["asked"] / planner.decisions}  # fmt: skip
-    say(f"plan cache: {found['cache']['spared']:.4f} of {planner.decisions:,} decisions were spared")
+    counting = cached(StandIn())
+    long = midst.go_on(counting, updates=max(1, args.cache_steps // (args.naive_worlds * args.naive_rollout)))
+    found["cache"] = {"steps": long["steps"], "decisions": counting.decisions, "asked": long["asked"],
+                      "spared": 1 - long["asked"] / counting.decisions}  # fmt: skip
+    say(f"plan cache: {found['cache']['spared']:.4f} of {counting.decisions:,} decisions were spared")
     return found
 
 
