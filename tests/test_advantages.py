@@ -1,15 +1,19 @@
-"""GAE: by hand, against its definition, and what truncation must not do."""
+"""GAE, TD(λ), and advantages within groups: by hand, against their definitions, and what truncation must not do."""
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from echelon.advantages import gae, td_lambda
+from echelon.advantages import gae, gigpo, group_relative, td_lambda
+from echelon.advantages_torch import gigpo_torch, group_relative_torch
 
 Array = NDArray[np.float32]
 
@@ -205,3 +209,123 @@ def test_td_lambda_agrees_with_gae() -> None:
     _, returns = gae(r, values[:-1], values[1:], terminated, terminated, gamma=0.95, lam=0.7)
     got = td_lambda(r, values[1:], terminated, terminated, gamma=0.95, lam=0.7)
     np.testing.assert_allclose(got, returns, rtol=1e-4, atol=1e-5)
+
+
+# -- within groups: GRPO, HiMAC, GiGPO ----------------------------------------------------------
+
+
+def test_group_relative_by_hand() -> None:
+    # Groups a: 1, 3 (mean 2, unbiased std √2); b: 5, 5, 5; c alone.
+    scores, groups = [1, 5, 3, 5, 5, 7], ["a", "b", "a", "b", "b", "c"]
+    assert group_relative(scores, groups, normalize="mean").tolist() == [-1, 0, 1, 0, 0, 7]
+    got = group_relative(scores, groups)
+    wanted = [-1 / (2**0.5 + 1e-6), 0, 1 / (2**0.5 + 1e-6), 0, 0, 7 / (1 + 1e-6)]
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    assert got.dtype == np.float64
+    assert group_relative([1, 3], [0, 0], eps=1.0)[1] == pytest.approx(1 / (2**0.5 + 1))
+
+
+Rows = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+
+
+@st.composite
+def step_rows(draw: st.DrawFn) -> Rows:
+    """Returns, scores, groups and anchors of some step rows; the same anchor occurs in several groups."""
+    n = draw(st.integers(1, 14))
+    numbers = hnp.arrays(np.float64, n, elements=st.floats(-8, 8, width=16))
+    labels = hnp.arrays(np.int64, n, elements=st.integers(-1, 2))
+    return draw(numbers), draw(numbers), draw(labels), draw(labels)
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(step_rows(), st.sampled_from(["std", "mean"]), st.randoms(use_true_random=False))
+def test_group_relative_is_each_groups_own(rows: Rows, normalize: str, order: random.Random) -> None:
+    _, scores, groups, _ = rows
+    got = group_relative(scores, groups, normalize=normalize)  # type: ignore[arg-type]
+    for group in np.unique(groups):
+        x, y = scores[groups == group], got[groups == group]
+        if len(x) == 1:
+            assert y[0] == pytest.approx(x[0], rel=1e-5)
+            continue
+        assert y.mean() == pytest.approx(0, abs=1e-6)
+        scale = torch.std(torch.tensor(x)).item() + 1e-6 if normalize == "std" else 1
+        np.testing.assert_allclose(y, (x - x.mean()) / scale, rtol=1e-6, atol=1e-9)
+    # Neither the rows' order nor the labels' names matter.
+    mixed = list(range(len(scores)))
+    order.shuffle(mixed)
+    named = [("task", int(g)) for g in groups[mixed]]
+    moved = group_relative(scores[mixed], named, normalize=normalize)  # type: ignore[arg-type]
+    np.testing.assert_allclose(moved, got[mixed], rtol=1e-6, atol=1e-7)
+
+
+def test_gigpo_golden() -> None:
+    """What the released implementation returns for trajectories ABC (score 1) and AB (score 0) of one task."""
+    args = [0.81, 0.9, 1.0, 0, 0], [1, 1, 1, 0, 0], [4, 4, 4, 4, 4]
+    wanted = [0.805, 0.85, 0.4, -1.005, -1.05]
+    assert gigpo(*args, list("ABCAB")) == pytest.approx(wanted, abs=1e-9)
+    observations = np.array([[1, 0], [0, 1], [1, 1], [1, 0], [0, 1]], np.float32)
+    assert gigpo(*args, observations) == pytest.approx(wanted, abs=1e-9)
+    assert gigpo(*args, list("ABCAB"), step_weight=0) == pytest.approx([0.4, 0.4, 0.4, -0.6, -0.6])
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(step_rows(), st.sampled_from(["mean_norm", "mean_std_norm"]), st.floats(0, 2))
+def test_gigpo_is_two_comparisons(rows: Rows, mode: str, weight: float) -> None:
+    returns, scores, groups, anchors = rows
+    got = gigpo(*rows, mode=mode, step_weight=weight)  # type: ignore[arg-type]
+    for i in range(len(returns)):
+        group = groups == groups[i]
+        same = group & (anchors == anchors[i])  # an equal state of another task is no anchor
+        episode, step = scores[i], 0.0
+        if group.sum() > 1:
+            episode -= scores[group].mean()
+            episode /= scores[group].std(ddof=1) + 1e-6 if mode == "mean_std_norm" else 1
+        elif mode == "mean_std_norm":
+            episode /= 1 + 1e-6
+        if same.sum() > 1:
+            step = returns[i] - returns[same].mean()
+            step /= returns[same].std(ddof=1) + 1e-6 if mode == "mean_std_norm" else 1
+        assert got[i] == pytest.approx(episode + weight * step, rel=1e-6, abs=1e-7)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(step_rows(), st.booleans())
+def test_groups_on_tensors(rows: Rows, by_std: bool) -> None:
+    normalize, mode = ("std", "mean_std_norm") if by_std else ("mean", "mean_norm")
+    tensors = [torch.tensor(x) for x in rows]
+    for x in tensors[:2]:
+        x.requires_grad_()
+    one = group_relative_torch(tensors[1], tensors[2], normalize=normalize)  # type: ignore[arg-type]
+    two = gigpo_torch(*tensors, mode=mode, step_weight=0.5)  # type: ignore[arg-type]
+    assert not (one.requires_grad or two.requires_grad)
+    np.testing.assert_allclose(one, group_relative(*rows[1:3], normalize=normalize), rtol=1e-6, atol=1e-7)  # type: ignore[arg-type]
+    np.testing.assert_allclose(two, gigpo(*rows, mode=mode, step_weight=0.5), rtol=1e-6, atol=1e-7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_group_that_agrees_has_nothing_to_learn_from(dtype: torch.dtype) -> None:
+    """Also in float32, where the mean of seven equal scores is not that score."""
+    got = group_relative_torch(torch.full((7,), 12345.1, dtype=dtype), torch.zeros(7, dtype=torch.long))
+    assert got.tolist() == [0] * 7
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    np.testing.assert_allclose(group_relative(np.full(7, 12345.1), np.zeros(7)), 0, atol=1e-4)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    with pytest.raises(ValueError, match="'std', 'mean'"):
+        group_relative([1.0], [0], normalize="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 groups"):
+        group_relative([1.0], [0, 1])
+    with pytest.raises(ValueError, match="mean_std_norm"):
+        gigpo([1.0], [1.0], [0], [0], mode="std")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="episode_scores"):
+        gigpo([1.0], [1.0, 2.0], [0], [0])
+    with pytest.raises(ValueError, match="2 anchors"):
+        gigpo([1.0], [1.0], [0], [0, 1])
+    one, label = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="'std', 'mean'"):
+        group_relative_torch(one, label, normalize="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="groups"):
+        group_relative_torch(one, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="mean_std_norm"):
+        gigpo_torch(one, one, label, label, mode="std")  # type: ignore[arg-type]

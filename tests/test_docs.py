@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import pytest
 
 from echelon import algorithms, cli, envs, methods, planners
-from echelon.algorithms import AlgorithmConfig, IPPOConfig, MAPPOConfig, QMIXConfig, VDNConfig
+from echelon.algorithms import AlgorithmConfig, GRPOConfig, IPPOConfig, MAPPOConfig, QMIXConfig, VDNConfig
 from echelon.configs import PLAIN_TABLES, PlanningConfig, RunConfig, read_toml
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig
 from echelon.evaluation import evaluate_run
@@ -416,6 +416,7 @@ def model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learns: dict[str, AlgorithmConfig] = {
         "flat-mappo": MAPPOConfig(rollout=16),
         "l2m2": MAPPOConfig(rollout=16),
+        "flat-grpo": GRPOConfig(rollout=16),
         "qmix": QMIXConfig(rollout=16, warmup=0, batch=32),
     }
     for name, algorithm in learns.items():
@@ -443,7 +444,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
     written = {f"subgoals_{name}" for name in BESIDE}
     findings = {f"model_{name}" for name in FINDINGS}
-    for name in ("flat-mappo", "l2m2", "qmix", "spared", "writes"):
+    for name in ("flat-mappo", "flat-grpo", "l2m2", "qmix", "spared", "writes"):
         written |= {field for line in lines_of(model_run / name / "metrics.jsonl") for field in line}
     assert findings <= written
     assert written - findings == names(section("docs/files.md", "metrics.jsonl"))
@@ -632,6 +633,7 @@ def test_presets_are_those_of_the_docs() -> None:
     [
         ("docs/concepts.md", "When agents are replanned", SubgoalConfig()),
         ("docs/methods.md", "MAPPO", MAPPOConfig()),
+        ("docs/methods.md", "GRPO", GRPOConfig()),
         ("docs/methods.md", "QMIX and VDN", QMIXConfig()),
         ("docs/models.md", "`planning`", PlanningConfig()),
         ("docs/models.md", "`distil`", DistilConfig()),

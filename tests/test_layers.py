@@ -19,9 +19,21 @@ LAYERS = [
     {"subgoals", "_subgoal_kernels"},
     {"llm"},
     {"planners"},
-    {"advantages", "networks", "buffers", "mixing", "pibt"},
+    {"advantages", "advantages_torch", "networks", "buffers", "mixing", "pibt"},
     {"algorithms"},
-    {"methods", "configs", "pending", "rollout", "executors", "checkpoints", "building", "runs", "training"},
+    {
+        "methods",
+        "configs",
+        "pending",
+        "rollout",
+        "executors",
+        "checkpoints",
+        "building",
+        "runs",
+        "training",
+        "growing",
+        "planner_training",
+    },
     {"evaluation"},
     {"studies"},
     {"reports"},
@@ -31,10 +43,22 @@ LAYERS = [
 SHARED = {
     "envs": {"base", "kernels", "maps", "scenes"},
     # Parts that planners are put together from; `frugal` is the one that does it.
-    "planners": {"base", "replies", "student", "symmetry", "plan_cache", "distilled"},
-    "algorithms": {"base"},
+    "planners": {"base", "choosing", "replies", "student", "symmetry", "plan_cache", "distilled"},
+    "algorithms": {"actor", "base", "decisions"},
 }
-SEVENTH = {"methods", "configs", "pending", "rollout", "executors", "checkpoints", "building", "runs", "training"}
+SEVENTH = {
+    "methods",
+    "configs",
+    "pending",
+    "rollout",
+    "executors",
+    "checkpoints",
+    "building",
+    "runs",
+    "training",
+    "growing",
+    "planner_training",
+}
 ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels"}
 FORBIDDEN = {
     "envs": {"torch", "transformers"},

@@ -21,8 +21,10 @@ from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
 from echelon.llm._loading import locate
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
-from echelon.llm.choice import CausalChoiceModel
+from echelon.llm.choice import CausalChoiceModel, ChoiceModel
 from echelon.llm.gguf import GGUFConfig, GGUFModel
+from echelon.llm.policy import ChoicePolicy
+from echelon.llm.prompts import PromptTemplate
 from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.store import resolve_gguf
 from echelon.llm.text import TextModel
@@ -33,7 +35,7 @@ from echelon.planners.base import ModelPlanner
 from echelon.planners.distilled import DistilledPlanner, Student
 from echelon.planners.frugal import FrugalPlanner
 from echelon.planners.generating import GeneratingPlanner
-from echelon.planners.llm import PROMPTS, LLMPlanner
+from echelon.planners.llm import LEARNED_PROMPTS, PROMPTS, TEMPLATES, LLMPlanner
 from echelon.planners.plan_cache import CachedPlans, PlanCache
 from echelon.planners.recorded import RecordedPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
@@ -48,6 +50,8 @@ __all__ = [
     "build_worlds",
     "forget_answers",
     "model_of",
+    "prompts_of",
+    "save_planner",
     "settled",
     "spent_by",
     "use_threads",
@@ -94,10 +98,25 @@ def writer_of(spec: str, server: ServerConfig, gguf: GGUFConfig) -> TextModel:
     return _writers[key]
 
 
+def prompts_of(spec: str, *, learns: bool = False) -> Path:
+    """The templates that a model that rates is asked with: those that lie beside its weights, else the shipped ones."""
+    own = locate(spec)
+    if all((own / name).is_file() for name in TEMPLATES):
+        return own
+    return LEARNED_PROMPTS if learns else PROMPTS
+
+
+def save_planner(policy: ChoicePolicy, planner: LLMPlanner, folder: Path) -> None:
+    """Write what a planner has learnt, with its templates, into `folder`, fit for `--model hf:<folder>`."""
+    policy.save(folder, {name: t.text + "\n" for name, t in zip(TEMPLATES, planner.templates, strict=True)})
+
+
 def spent_by(config: RunConfig, worlds: TeamWorlds) -> dict[str, float]:
     """What the language model of a run has done so far, in this process: its counters, or nothing without one."""
     for planner, _ in worlds.planners:
         if isinstance(planner, ModelPlanner):
+            if isinstance(planner.model, ChoicePolicy):
+                return planner.model.spent()
             return dict(planner.model.state_dict()) if hasattr(planner.model, "state_dict") else {}
     return dict(model_of(config.model).state_dict()) if method(config.method).executor == "model" else {}
 
@@ -151,15 +170,26 @@ def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlan
             reflect=p.reflect, max_options=p.max_options, max_tokens=p.max_tokens,
         )  # fmt: skip
     else:
-        model = model_of(spec)
+        learns = training and bool(method(config.method).learner)
+        folder = folder or prompts_of(spec, learns=learns)
+        model: ChoiceModel
+        if learns:
+            shared = PromptTemplate.from_file(folder / TEMPLATES[0]).render()
+            model = ChoicePolicy.load(spec, shared, config.policy, threads=config.threads or os.cpu_count() or 1,
+                                      seed=config.seed)  # fmt: skip
+        else:
+            model = model_of(spec)
         planner = LLMPlanner(
             model if budget is None else BudgetedChoice(model, budget), max_options=p.max_options,
-            folder=folder or PROMPTS,
+            folder=folder,
         )  # fmt: skip
     student = Student(config.distil, config.seed) if config.distil.enabled and training else None
     cache = None
     if p.cache:
-        assert planner.sees is not None  # only reflections depend on more, and are refused beside a cache
+        if planner.sees is None:  # reflections, which depend on more too, are refused beside a cache
+            raise EchelonError(
+                "planning.cache doesn't know what this model's prompt tells of its surroundings: leave it out"
+            )
         path = None if p.cache == "memory" else Path(p.cache)
         kept = PlanCache(path, namespace=_namespace(spec, config, planner))
         cache = CachedPlans(kept, planner.sees, coarse=p.cache_coarse)
@@ -191,6 +221,7 @@ def build_worlds(
     on_plan: Callable[[PlanTrace], None] | None = None,
     trace_all: bool = False,
     on_subgoals: Callable[[dict[str, Any]], None] | None = None,
+    planner: Planner | None = None,
 ) -> TeamWorlds:
     """The worlds of a run with its planners.
 
@@ -200,6 +231,7 @@ def build_worlds(
         seed: root seed of the worlds and of what planners draw.
         training: while training, a language model plans only its share of the worlds.
         on_plan, trace_all, on_subgoals: see `TeamWorlds`.
+        planner: plans all worlds in the place of the run's own.
     """
     kind = method(config.method)
     spec = kind.train_planner if training else kind.eval_planner
@@ -214,7 +246,7 @@ def build_worlds(
     if spec is not None:
         if training and spec.startswith("llm") and kind.learns:
             mine[:] = np.arange(num_envs) < max(1, round(config.model_share * num_envs))
-        planner = build_planner(spec, config, training=training)
+        planner = planner or build_planner(spec, config, training=training)
         if isinstance(planner, RecordedPlanner):
             mine[:] = np.isin(np.arange(num_envs), planner.worlds)
         planners.append((planner, mine))

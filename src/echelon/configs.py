@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from echelon.algorithms import AlgorithmConfig, config_of
+from echelon.algorithms import AlgorithmConfig, HiMACConfig, HiPERConfig, config_of
+from echelon.algorithms.decisions import LearnerConfig
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm.budget import BudgetConfig
 from echelon.llm.gguf import GGUFConfig
+from echelon.llm.policy import PolicyConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method
 from echelon.planners.distilled import DistilConfig
@@ -84,6 +86,45 @@ class PlanningConfig:
 
 
 @dataclass(frozen=True)
+class GrowthConfig:
+    """How a planner that learns and its executors take turns. All defaults are our choice."""
+
+    schedule: Literal["alternate", "joint", "planner", "executor"] = "alternate"
+    """alternate: planner and executors learn in turns, each while the other stands still; joint: both at once, from the
+    same steps; planner, executor: the one alone."""
+    window: int = 4
+    """Rollouts that a planner with critics (hiper) learns from at a time; executors learn after each one."""
+    practice: int = 8
+    """Rollouts in which executors learn under the best blueprints (himac)."""
+    warm_start: str = "hungarian"
+    """Planner that is imitated before anything else is learnt: random-task, nearest or hungarian; off: nobody."""
+    warm_updates: int = 100
+    """Updates by imitation."""
+    warm_batch: int = 64
+    """Decisions of each."""
+    warm_steps: int = 200
+    """Steps of each world in which that planner is watched, with classical executors."""
+
+    def __post_init__(self) -> None:
+        for name, good, need in (
+            ("window", self.window >= 1, "at least 1"),
+            ("practice", self.practice >= 1, "at least 1"),
+            ("warm_updates", self.warm_updates >= 0, "at least 0"),
+            ("warm_batch", self.warm_batch >= 1, "at least 1"),
+            ("warm_steps", self.warm_steps >= 1, "at least 1"),
+        ):
+            if not good:
+                raise EchelonError(f"growth.{name} is {getattr(self, name)}: it must be {need}")
+        teachers = ("off", "random-task", "nearest", "hungarian")
+        for name, value, known in (
+            ("schedule", self.schedule, typing.get_args(typing.get_type_hints(GrowthConfig)["schedule"])),
+            ("warm_start", self.warm_start, teachers),
+        ):
+            if value not in known:
+                raise unknown_name(f"growth.{name}", value, known)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -124,6 +165,12 @@ class RunConfig:
     """How a language model plans, and when."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     """A student that learns the model's choices and takes its place where it is sure."""
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    """How a planner that learns and its executors take turns."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """What of a language model learns, where it does."""
+    learner: LearnerConfig | None = None
+    """How the planner learns, where it does; default: as the method's learner does by default."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """What may be spent on the model; afterwards the run goes on without it."""
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -143,8 +190,14 @@ class RunConfig:
                 f"method {self.method} learns by {method(self.method).algorithm}: its settings are "
                 f"{classes['algorithm'].__name__}, not {type(self.algorithm).__name__}"
             )
+        wanted = classes.get("learner", type(None))
+        if type(self.learner) is not wanted:
+            raise EchelonError(
+                f"method {self.method} has {'no settings' if self.learner is not None else wanted.__name__} for learner"
+            )
         for part, prefix in (
             (self, ""),
+            *(((self.learner, "learner."),) if self.learner is not None else ()),
             (self.env, "env."),
             (self.subgoals, "subgoals."),
             (self.algorithm, "algorithm."),
@@ -165,18 +218,41 @@ class RunConfig:
         ):
             if not good:
                 raise EchelonError(f"{name} is {getattr(self, name)}: it must be {need}")
+        if self.learner is not None:
+            self._check_growth()
         if self.budget.money and not (self.server.price_in or self.server.price_out):
             raise EchelonError("budget.money needs server.price_in or server.price_out: else none is reckoned")
         if self.planner is not None and method(self.method).eval_planner is None:
             raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
+
+    def _check_growth(self) -> None:
+        """Refuse what doesn't go with a planner that learns."""
+        for good, what in (
+            (not self.generates and not self.model_spec.startswith(("openai:", "gguf:")),
+             "its model must be in this process and score (planning.decide), not write"),
+            (self.planner is None, "its planner can't be another (--planner)"),
+            (self.planning.timing == "wait", "planning.timing must be wait"),
+            (not (self.distil.enabled or self.planning.cache), "distil.enabled and planning.cache don't go with it"),
+            (self.budget == BudgetConfig(), "budget doesn't go with it"),
+            (self.subgoals.space == "task", "subgoals.space must be task"),
+            (self.model_share == 1.0, "llm_share must be 1"),
+        ):  # fmt: skip
+            if not good:
+                raise EchelonError(f"method {self.method} trains its planner: {what}")
+        group = getattr(self.learner, "group", 1)
+        if self.num_envs % group:
+            raise EchelonError(f"num_envs is {self.num_envs}: it must be a multiple of learner.group ({group})")
 
     def with_method(self, name: str) -> RunConfig:
         """The same run of another method: settings that this one left at its own defaults get the other's."""
         own, classes = RunConfig(method=self.method), _tables(name)
         planner = "" if self.cheap_planner == own.cheap_planner else self.cheap_planner
         kept: dict[str, Any] = {}
+        kept["learner"] = None
         for key, cls in classes.items():
             value, default = getattr(self, key), getattr(own, key)
+            if value is None:
+                continue
             changed = {k: v for k, v in vars(value).items() if v != getattr(default, k)}
             # Settings of one algorithm mean nothing to another.
             kept[key] = cls(**{**method(name).settings.get(key, {}), **changed}) if type(value) is cls else None
@@ -202,6 +278,8 @@ class RunConfig:
 PLAIN_TABLES: dict[str, type[Any]] = {
     "planning": PlanningConfig,
     "distil": DistilConfig,
+    "growth": GrowthConfig,
+    "policy": PolicyConfig,
     "budget": BudgetConfig,
     "server": ServerConfig,
     "gguf": GGUFConfig,
@@ -211,7 +289,13 @@ PLAIN_TABLES: dict[str, type[Any]] = {
 
 def _tables(name: str) -> dict[str, type[Any]]:
     """The classes of a method's tables of settings."""
-    return {"subgoals": SubgoalConfig, "algorithm": config_of(method(name).algorithm)}
+    kind = method(name)
+    tables: dict[str, type[Any]] = {"subgoals": SubgoalConfig, "algorithm": config_of(kind.algorithm)}
+    return tables | ({"learner": LEARNERS[kind.learner]} if kind.learner else {})
+
+
+LEARNERS: dict[str, type[LearnerConfig]] = {"hiper": HiPERConfig, "himac": HiMACConfig}
+"""The settings of each way in which a planner learns."""
 
 
 def to_toml(config: RunConfig, *, without: Collection[str] = ()) -> str:

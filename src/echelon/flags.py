@@ -182,6 +182,7 @@ def run_flags(
             ("env", type(env), dataclasses.field(default_factory=type(env))),
             ("subgoals", SubgoalConfig, dataclasses.field(default_factory=SubgoalConfig)),
             ("algorithm", type(base.algorithm), dataclasses.field(default_factory=type(base.algorithm))),
+            ("learner", *_learner(base)),
             *((name, cls, dataclasses.field(default_factory=cls)) for name, cls in PLAIN_TABLES.items()),
         ],
         bases=(extra, RunConfig),
@@ -196,6 +197,13 @@ def run_flags(
     run = RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
     own = extra(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cast(Any, extra))})
     return run, own
+
+
+def _learner(base: RunConfig) -> tuple[Any, Any]:
+    """The type and default of the flags of a planner's learner: none where nothing of the kind learns."""
+    if base.learner is None:
+        return typing.Annotated[None, tyro.conf.SuppressFixed, tyro.conf.Fixed], dataclasses.field(default=None)
+    return type(base.learner), dataclasses.field(default_factory=type(base.learner))
 
 
 def env_flags(command: str, args: list[str], extra: type, env: type[GridConfig]) -> GridConfig:

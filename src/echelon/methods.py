@@ -24,7 +24,9 @@ class Method:
         executor: who picks the moves: a learned policy, an untrained one, the language model itself, or PIBT.
         algorithm: how a policy learns.
         cheap_planner: who plans, while executors learn, the worlds that a language model doesn't.
-        settings: what of a run's tables (`subgoals`, `algorithm`) this method sets unless the run says otherwise.
+        learner: how the language model that plans learns beside the executors; "" if it doesn't.
+        settings: what of a run's tables (`subgoals`, `algorithm`, `learner`, `growth`) this method sets unless the run
+            says otherwise.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method:
     executor: Literal["learned", "untrained", "model", "pibt"] = "learned"
     algorithm: str = "mappo"
     cheap_planner: str = "nearest"
+    learner: Literal["", "hiper", "himac"] = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,8 @@ register(Method("random-goals", "random cells as subgoals, MAPPO executors (cont
 register(Method("rule-goals", "optimal assignment sets subgoals, MAPPO executors", "hungarian", "hungarian"))
 register(Method("flat-ippo", "IPPO: as flat-mappo, each agent's critic seeing what the agent sees", None, None,
                 algorithm="ippo"))  # fmt: skip
+register(Method("flat-grpo", "GRPO without subgoals: no critic, worlds that play the same episode are compared", None,
+                None, algorithm="grpo"))  # fmt: skip
 register(Method("qmix", "QMIX without subgoals, on the task reward", None, None, algorithm="qmix"))
 register(Method("vdn", "VDN without subgoals, on the task reward", None, None, algorithm="vdn"))
 # L2M2 of IJCAI 2025: one of eight directions an agent, every several steps, for the whole team; the executors'
@@ -99,3 +104,22 @@ register(Method("classical", "optimal assignment and PIBT: full information, not
                 None, "hungarian", "pibt", settings={"subgoals": {"scope": "team"}}))  # fmt: skip
 register(Method("direct-integration", "executors trained under optimal assignment, then planned for by the model",
                 "hungarian", "llm"))  # fmt: skip
+# Planners that learn, together with their executors. HiPER: critics, and subgoals that can be taken back.
+_REVIEWED: dict[str, dict[str, Any]] = {"subgoals": {"review": 10}, "learner": {"keep_penalty": -0.3}}
+register(Method("hiper", "the model that sets subgoals learns by hierarchical advantages (HAE), executors by MAPPO",
+                "llm", "llm", learner="hiper", settings=_REVIEWED))  # fmt: skip
+# The control over the same turns: flat GAE instead of HAE.
+register(Method("hiper-gae", "as hiper, with flat GAE over the planner's turns (its control)", "llm", "llm",
+                learner="hiper",
+                settings={**_REVIEWED, "learner": {**_REVIEWED["learner"], "estimator": "gae"}}))  # fmt: skip
+# HiMAC: no critic, plans of one task are compared. The others are its ablations; flat-grpo, above, is the one without
+# a hierarchy.
+register(Method("himac", "the model that sets subgoals learns from comparing its plans, in turns with its executors",
+                "llm", "llm", learner="himac"))  # fmt: skip
+register(Method("joint-update", "as himac, both levels learn from the same episodes at once (ablation)", "llm", "llm",
+                learner="himac", settings={"growth": {"schedule": "joint"}}))  # fmt: skip
+register(Method("fixed-budget", "as himac, a subgoal lasts 20 steps, reached or not (ablation)", "llm", "llm",
+                learner="himac",
+                settings={"subgoals": {"on_reached": False, "on_timeout": False, "every": 20}}))  # fmt: skip
+register(Method("random-blueprint", "as himac, executors learn under any blueprint, not the best (ablation)", "llm",
+                "llm", learner="himac", settings={"learner": {"blueprint": "random"}}))  # fmt: skip

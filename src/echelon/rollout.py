@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from echelon.envs.base import GridEnv, SubgoalKind, subgoal_text
 from echelon.pending import PendingPlans, Ticket
 from echelon.planners.base import ModelPlanner, Planner
+from echelon.planners.llm import LLMPlanner
 from echelon.planners.nearest import nearest_choice
 from echelon.planners.recorded import RecordedPlanner
 from echelon.subgoals import Counts, Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
@@ -84,6 +85,8 @@ class TeamWorlds:
         begins: bool `(W,)`, worlds whose episode began with the last step.
         active: bool `(W,)`, the worlds that are planned for at all; change it to leave some out.
         traced: only worlds below this index are traced, except for planners whose every plan is; None: all.
+        repeat: uint64 `(W,)`, where worlds take up their random numbers again when an episode ends, so that they play
+            the same one once more; None: they go on to another.
         pending: the plans of the first planner that are made beside the simulation, or None.
         team_reward: whether all agents of a team always get the same reward.
     """
@@ -136,6 +139,8 @@ class TeamWorlds:
         self.active = np.ones(W, bool)
         self.traced: int | None = None
         self._sums = np.zeros((3, W))
+        self.repeat: NDArray[np.uint64] | None = None
+        self._together, self._spare = False, np.zeros(W, bool)
         self.episodes = Episodes()
         self.plan_time = {p.name: PlanTime() for p, _ in self.planners}
         self.on_subgoals = on_subgoals
@@ -147,6 +152,22 @@ class TeamWorlds:
     def start(self) -> None:
         """Plan the first subgoals: once, before the first step (not after `load_state_dict`)."""
         self.replan()
+
+    def begin_together(self, group: int) -> None:
+        """Begin an episode in every world, the same in each group of `group` neighbours; see `GridEnv.share_episodes`.
+
+        Episodes that were under way are dropped and counted nowhere. Of those that follow only each world's first is
+        counted: the quickest worlds play more before they begin together again, and those would tell too well of all.
+        """
+        self.env.share_episodes(group)
+        self.begins = np.ones(self.env.num_envs, bool)
+        self._sums[:] = 0
+        self._together, self._spare[:] = True, False
+        if self.tracker is not None:
+            self.tracker.forget(self.begins)
+            if self.pending is not None:
+                self.pending.waits[:] = -1
+            self.replan()
 
     def advance(self, actions: NDArray[np.int8]) -> None:
         """Step all worlds up to the true next states: rewards, cuts and `obs` are those of the step's end.
@@ -177,7 +198,11 @@ class TeamWorlds:
         """Reset finished worlds, then plan for whoever needs it; which worlds were finished, bool `(W,)`."""
         env = self.env
         if (done := env.terminated | env.truncated).any():
-            self._count_episodes(done)
+            self._count_episodes(done & ~self._spare)
+            self._sums[:, done] = 0
+            self._spare |= done & self._together
+            if self.repeat is not None:
+                env.counters[done] = self.repeat[done]
         env.autoreset()
         self.begins = done
         if self.tracker is not None:
@@ -191,16 +216,16 @@ class TeamWorlds:
     def _count_episodes(self, done: NDArray[np.bool_]) -> None:
         e, env = self.episodes, self.env
         e.count += int(done.sum())
-        e.success += int(env.terminated.sum())
+        success = env.terminated & done
+        e.success += int(success.sum())
         own = self.planners[0][1] if self.planners else np.ones(len(done), bool)
         e.own_count += int((done & own).sum())
-        e.own_success += int((env.terminated & own).sum())
-        e.length_of_success += int(env.steps[env.terminated].sum())
+        e.own_success += int((success & own).sum())
+        e.length_of_success += int(env.steps[success].sum())
         task, intrinsic, collisions = self._sums[:, done].sum(1)
         e.task_return += float(task)
         e.intrinsic_return += float(intrinsic)
         e.collisions += int(collisions)
-        self._sums[:, done] = 0
 
     def take_episodes(self) -> Episodes:
         """The sums over episodes that finished since the last call."""
@@ -215,6 +240,8 @@ class TeamWorlds:
         if tracker is None:
             return
         self._use_late()
+        if self.config.review:
+            self._review()
         needing = tracker.need.any(1) & self.active
         if not needing.any():
             return
@@ -228,6 +255,23 @@ class TeamWorlds:
             if len(rows):
                 self._plan(planner, rows)
         tracker.write_features(needing)
+
+    def _review(self) -> None:
+        """Let planners that can tell take back subgoals that have been in flight for a while."""
+        env, tracker = self.env, self.tracker
+        assert tracker is not None
+        agents = np.arange(env.num_agents)
+        old = (tracker.age > 0) & (tracker.age % self.config.review == 0) & (tracker.kind > 0) & ~tracker.need
+        for planner, mine in self.planners:
+            if isinstance(planner, LLMPlanner) and planner.reviews:
+                rows = np.flatnonzero((old & self.active[:, None]).any(1) & mine)
+                if len(rows):
+                    request = tracker.request(rows, distance=True, again=old[rows])
+                    # Bits of their own: what planners draw later doesn't depend on whether there are reviews.
+                    keys = tracker.keys[rows, None] ^ (tracker.tick[rows, None] * env.num_agents + agents).astype(
+                        np.uint64
+                    )
+                    tracker.need[rows] |= planner.review(request, tracker.kind[rows], tracker.task[rows], keys)
 
     def finish_plans(self) -> None:
         """Wait for all plans under way, if they have a lag, and use them: nothing is left that a checkpoint lacks.

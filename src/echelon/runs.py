@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 from collections import deque
@@ -17,7 +18,11 @@ from echelon.configs import RunConfig, read_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 
-__all__ = ["load_policy", "processor", "read_run", "run_costs", "steps_done", "versions"]
+__all__ = ["PLANNER", "load_policy", "processor", "read_run", "run_costs", "steps_done", "versions"]
+
+
+PLANNER = "planner"
+"""The folder of a run's folder that holds its planner, where that learns."""
 
 
 def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None]:
@@ -27,6 +32,9 @@ def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None
         EchelonError: no run there, nothing trained yet, or damaged files.
     """
     config = read_run(folder)
+    if (folder / PLANNER).is_dir():
+        # The run's own planner, as it has learnt to plan up to now.
+        config = dataclasses.replace(config, model=f"hf:{(folder / PLANNER).resolve()}")
     if not method(config.method).learns:
         return config, None
     saved = checkpoints_of(folder / "checkpoints")

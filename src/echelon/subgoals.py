@@ -114,6 +114,8 @@ class SubgoalConfig:
     """Replan when the deadline has passed."""
     on_event: bool = True
     """Replan the team when the world shows something new (a target comes into sight)."""
+    review: int = 0
+    """Ask a planner that can tell, every so many steps of a subgoal, whether to keep it or choose anew; 0: never."""
     slack: float = 3.0
     """A subgoal's deadline, in path lengths to its target, plus 8 steps."""
     wait: int = 4
@@ -135,6 +137,7 @@ class SubgoalConfig:
     def __post_init__(self) -> None:
         for name, good, need in (
             ("every", self.every >= 0, "at least 0"),
+            ("review", self.review >= 0, "at least 0"),
             ("slack", 1 <= self.slack <= 10_000, "1 to 10000"),
             ("wait", self.wait >= 1, "at least 1"),
             ("retries", self.retries >= 0, "at least 0"),
@@ -214,6 +217,8 @@ class PlanRequest:
         scene: the structured view of a world, built when asked for.
         text: a candidate in words: (row, agent, candidate, *, brief=False) -> str.
         grid: how cells are numbered.
+        outlook: gives `(after, gain)`, int64 `(n, T)` each: what comes with a task, and what there is to be had, as
+            `GridEnv.outlook`; a gain that agents who aren't asked are after already is taken off.
         past: (row, agent) -> the agent's last subgoals of this episode, the newest last, at most `PAST`.
         episode: int64 `(n,)`, how many episodes each world had before this one.
         tick: steps that every world has made so far; steps: environment steps so far, counted over all worlds.
@@ -232,6 +237,7 @@ class PlanRequest:
     scene: Callable[[int], Scene]
     text: Callable[..., str]
     grid: GridShape
+    outlook: Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
     past: Callable[[int, int], list[Past]]
     episode: NDArray[np.int64]
     tick: int = 0
@@ -468,13 +474,23 @@ class SubgoalTracker:
         i, a = np.nonzero(~need & (self.task[rows] >= 0) & self._open[rows])
         busy = EXCLUSIVE[self.kind[rows[i], a]]
         taken[i[busy], self.task[rows[i], a][busy]] = True
+        shared = (rows, i[~busy], self.task[rows[i], a][~busy])
         return PlanRequest(
             rows, need, candidates, lengths, taken, env.pos[rows], keys, np.zeros(need.shape, np.int8),
             np.zeros(candidates.kind.shape, bool), lambda: (env.grid[rows] & WALL) != 0, env.scene,
             lambda i, a, c, brief=False: self.text(candidates, i, a, c, brief=brief),
-            GridShape(env.height, env.width, env.view), lambda i, a: self.past_of(int(rows[i]), a),
+            GridShape(env.height, env.width, env.view), lambda: self._outlook(*shared),
+            lambda i, a: self.past_of(int(rows[i]), a),
             self.episode[rows], int(self.tick[0]), int(self.tick[0]) * env.num_envs,
         )  # fmt: skip
+
+    def _outlook(
+        self, rows: NDArray[np.int64], i: NDArray[np.int64], tasks: NDArray[np.int16]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The world's outlook; others are after the tasks (row, task) that several may share."""
+        after, gain = self.env.outlook(rows)
+        np.subtract.at(gain, (i, tasks), 1)
+        return after, np.maximum(gain, 0)
 
     def past_of(self, world: int, agent: int) -> list[Past]:
         """The agent's last subgoals in this episode, the newest last."""

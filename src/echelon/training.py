@@ -15,15 +15,13 @@ import math
 import platform
 import sys
 import threading
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from echelon._files import (
@@ -34,16 +32,16 @@ from echelon._files import (
     only_writer,
     remove_leftovers,
 )
-from echelon.buffers import RolloutBuffer
-from echelon.building import STUDENT, build_algorithm, build_worlds, settled, spent_by, use_threads
+from echelon.building import STUDENT, save_planner, spent_by
 from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
+from echelon.coevolution import GrowingRollouts
 from echelon.configs import RunConfig, from_toml, to_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 from echelon.planners.base import ModelPlanner
 from echelon.planners.frugal import FrugalPlanner
-from echelon.rollout import PlanTrace
-from echelon.runs import load_policy, processor, read_run, versions
+from echelon.rollouts import Clock, Rollouts
+from echelon.runs import PLANNER, load_policy, processor, read_run, versions
 from echelon.subgoals import BESIDE, Counts
 
 __all__ = ["Clock", "Progress", "Rollouts", "Trainer", "load_policy"]
@@ -72,109 +70,6 @@ class Progress:
     notes: tuple[str, ...] = ()
 
 
-class Clock:
-    """Where the time of one update goes."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        """Book the time since the last lap on `stage`."""
-        now = time.perf_counter()
-        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
-        self._last = now
-
-    def book(self, seconds: Mapping[str, float]) -> None:
-        """Book what happened since the last lap as these stages, which measured themselves."""
-        for stage, spent in seconds.items():
-            self._laps[stage] = self._laps.get(stage, 0.0) + spent
-        self._last = time.perf_counter()
-
-    def total(self) -> float:
-        """Seconds up to the last lap."""
-        return self._last - self._start
-
-    def shares(self) -> dict[str, float]:
-        """The share of the time by stage."""
-        return {stage: round(seconds / self.total(), 4) for stage, seconds in self._laps.items()}
-
-
-class Rollouts:
-    """Worlds, the algorithm that learns in them, and the rollouts between the two; writes no file.
-
-    Attributes:
-        config: the run's config, its threads settled.
-        worlds, algorithm, buffer: what is trained in what, and the newest rollout.
-        steps_per_update: environment steps of a rollout.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        on_plan: Callable[[PlanTrace], None] | None = None,
-        on_subgoals: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        """Build everything.
-
-        Raises:
-            EchelonError: a setting, map or model can't be used.
-        """
-        if not method(config.method).learns:
-            raise EchelonError(f"method {config.method} has nothing to train: use echelon evaluate or compare")
-        self.config = config = settled(config)
-        use_threads(config)
-        self.worlds = build_worlds(config, num_envs=config.num_envs, seed=config.seed, training=True, on_plan=on_plan,
-                                   on_subgoals=on_subgoals)  # fmt: skip
-        self.worlds.traced = config.planning.traced
-        self.algorithm = build_algorithm(config, self.worlds)
-        env = self.worlds.env
-        self.buffer = RolloutBuffer(
-            config.algorithm.rollout, env.num_envs, env.num_agents, len(self.worlds.obs_scale), env.state_size,
-            env.num_actions,
-        )  # fmt: skip
-        self.steps_per_update = config.algorithm.rollout * config.num_envs
-
-    def collect(self) -> Clock:
-        """One rollout into the buffer; where its time went."""
-        worlds, buffer, env, clock = self.worlds, self.buffer, self.worlds.env, Clock()
-        buffer.finals.clear()
-        self.algorithm.begin_rollout()
-        for t in range(buffer.steps):
-            self._see(t)
-            clock.lap("store")
-            buffer.actions[t], buffer.logp[t] = self.algorithm.act(worlds.obs, worlds.mask, worlds.begins)
-            clock.lap("act")
-            worlds.advance(buffer.actions[t])
-            buffer.reward[t] = worlds.reward
-            np.logical_or(env.terminated[:, None], worlds.cut, out=buffer.terminated[t])
-            if env.truncated.any():
-                cut = np.flatnonzero(env.truncated)
-                state = env.states(np.empty((len(cut), env.state_size), np.int8), cut)
-                buffer.finals.append((t, cut, worlds.obs[cut], state, worlds.mask[cut]))
-            clock.lap("step")
-            done = worlds.settle()
-            np.logical_or(done[:, None], worlds.cut, out=buffer.ended[t])
-            clock.lap("plan")
-        self.worlds.finish_plans()
-        clock.lap("plan")
-        self._see(buffer.steps)
-        clock.lap("store")
-        return clock
-
-    def learn(self, clock: Clock) -> dict[str, float]:
-        """Let the algorithm learn from the rollout; what to log of it."""
-        learnt = self.algorithm.update(self.buffer)
-        clock.book(self.algorithm.seconds)
-        return learnt
-
-    def _see(self, t: int) -> None:
-        self.buffer.obs[t] = self.worlds.obs
-        self.buffer.mask[t] = self.worlds.mask
-        self.worlds.env.states(self.buffer.state[t])
-        self.buffer.begins[t] = self.worlds.begins
-
-
 class Trainer:
     """One run: trains, logs, checkpoints, resumes.
 
@@ -193,7 +88,7 @@ class Trainer:
         """
         _require_free(folder)
         self._build(config, folder)
-        self.worlds.start()
+        self.rollouts.start()
         with only_writer(folder):
             # Once more: another process may have begun a run here meanwhile.
             _require_free(folder)
@@ -206,7 +101,8 @@ class Trainer:
         self._pending: list[dict[str, Any]] = []
         self._sizes = {"metrics.jsonl": 0, "timings.jsonl": 0, "plans.jsonl": 0}
         self._seconds, self._extended = 0.0, False
-        self.rollouts = Rollouts(config, lambda trace: self._record(vars(trace)), self._record)
+        build = GrowingRollouts if method(config.method).learner else Rollouts
+        self.rollouts = build(config, lambda trace: self._record(vars(trace)), self._record)
         self.config, self.worlds = self.rollouts.config, self.rollouts.worlds
         self._model_start, self._model_base = spent_by(self.config, self.worlds), dict[str, float]()
 
@@ -235,7 +131,7 @@ class Trainer:
         checkpoint = load_checkpoint(saved[-1]) if saved else None
         trainer._build(config, folder)
         if checkpoint is None:
-            trainer.worlds.start()
+            trainer.rollouts.start()
         else:
             trainer._load(checkpoint)
         trainer._extended = extended
@@ -292,8 +188,7 @@ class Trainer:
         self._pending.clear()
         saved = self.step
         while self.step < min(until, c.steps):
-            clock = self.rollouts.collect()
-            learnt = self.rollouts.learn(clock)
+            clock, learnt = self.rollouts.update()
             self.step += per_update
             if wrong := [f"{name} is {value}" for name, value in learnt.items() if not math.isfinite(value)]:
                 raise EchelonError(f"training diverged at step {self.step} ({wrong[0]}): lower algorithm.lr")
@@ -383,8 +278,11 @@ class Trainer:
         save_checkpoint(
             self.folder / "checkpoints",
             self.step,
-            Checkpoint(progress, self.worlds.state_dict(), self.rollouts.algorithm.state_dict()),
+            Checkpoint(progress, self.worlds.state_dict(), self.rollouts.state_dict()),
         )
+        if isinstance(self.rollouts, GrowingRollouts):
+            # For evaluations, and for others to plan with; this run goes on from its checkpoint.
+            save_planner(self.rollouts.policy, self.rollouts.planner, self.folder / PLANNER)
         self.worlds.flush()
         for planner, _ in self.worlds.planners:
             if isinstance(planner, FrugalPlanner) and planner.student is not None:
@@ -418,7 +316,7 @@ class Trainer:
                 f"put it back, or start a new run with --config"
             )
         self._model_base = progress.get("model", {})
-        self.rollouts.algorithm.load_state_dict(checkpoint.algorithm)
+        self.rollouts.load_state_dict(checkpoint.algorithm)
         for planner, _ in self.worlds.planners:
             planner.load_state_dict(progress["planners"][planner.name])
         self.worlds.load_state_dict(checkpoint.worlds)

@@ -49,6 +49,9 @@ class Algorithm(Protocol):
 
     Attributes:
         seconds: what the last `update` took, by stage.
+
+    One that compares worlds has an attribute `group` too: each rollout then begins with an episode in every world, the
+    same in each group of so many neighbours (`num_envs` is a multiple of it), and isn't longer than the time limit.
     """
 
     seconds: dict[str, float]

@@ -247,6 +247,26 @@ class GridEnv(ABC, Generic[C]):
         self.counters[:] = 0
         return self.reset()
 
+    def share_episodes(self, group: int) -> NDArray[np.int8]:
+        """Begin a new episode in every world, the same one in each group of `group` neighbours; returns `obs`.
+
+        The episodes that follow are the same ones too, each world reaching them in its own time: the k-th after
+        this call begins alike in all worlds of a group. Called again, all begin together with one that is new to the
+        whole group. Group g holds the worlds from g * group on and has the key of its first.
+
+        Args:
+            group: worlds a group, 1 or more.
+
+        Raises:
+            EchelonError: the worlds are no whole number of groups.
+        """
+        if group < 1 or self.num_envs % group:
+            raise EchelonError(f"num_envs is {self.num_envs}: it must be a multiple of the group's {group} worlds")
+        self.keys[:] = self.keys[::group].repeat(group)
+        # The furthest of a group has used up most draws; those that are behind skip the rest of theirs.
+        self.counters[:] = self.counters.reshape(-1, group).max(1).repeat(group)
+        return self.reset()
+
     def _clear_outcomes(self) -> None:
         self.reward[:] = 0
         self.terminated[:] = self.truncated[:] = False
@@ -319,6 +339,29 @@ class GridEnv(ABC, Generic[C]):
         kernels.open_subgoals(kind, task, self.task_status, self.carrying, self._kind_status, self._kind_holder, out)
         return out
 
+    @property
+    def goals(self) -> int:
+        """The most task reward that an episode can bring."""
+        return self.num_tasks
+
+    def outlook(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What doing each task brings, as far as the world's planners may know it; a world may say more than this.
+
+        Args:
+            rows: int64 `(n,)`, the worlds.
+
+        Returns:
+            after: int64 `(n, T)`, steps of work that come with a task once an agent is there, on the straight way
+                (0 here); gain: int64 `(n, T)`, how much there is to be had (1 here), by the world's own measure.
+        """
+        shape = (len(rows), self.num_tasks)
+        return np.zeros(shape, np.int64), np.ones(shape, np.int64)
+
+    def _straight(self, here: NDArray[Any], there: NDArray[Any]) -> NDArray[np.int64]:
+        """Manhattan distances between cells, of arrays that go together."""
+        rows, cols = self.row_of.astype(np.int64), self.col_of.astype(np.int64)
+        return np.asarray(np.abs(rows[here] - rows[there]) + np.abs(cols[here] - cols[there]))
+
     def _geometry(self) -> tuple[Any, ...]:
         return (self.offsets, self.row_of, self.col_of, self.view, self.stride, self.limit)
 
@@ -332,9 +375,7 @@ class GridEnv(ABC, Generic[C]):
         Returns:
             int32 `(W, A)`, cells, or -1 where there is nothing to go to.
         """
-        rows, cols = self.row_of.astype(np.int32), self.col_of.astype(np.int32)
-        here, there = self.pos[:, :, None], self.task_cell[:, None]
-        way = np.abs(rows[here] - rows[there]) + np.abs(cols[here] - cols[there])
+        way = self._straight(self.pos[:, :, None], self.task_cell[:, None])
         way = np.where(self._known_tasks()[:, None], way, np.iinfo(np.int32).max)
         nearest = np.take_along_axis(self.task_cell, way.argmin(2), 1)
         nearest[way.min(2) == np.iinfo(np.int32).max] = -1

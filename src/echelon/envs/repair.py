@@ -128,6 +128,26 @@ class Repair(GridEnv[RepairConfig]):
         _candidates(rows, self._arrays(), self._scratch[0], out.kind, out.cell, out.task)
         return out
 
+    @property
+    def goals(self) -> int:
+        """The machines."""
+        return self.config.num_machines
+
+    def outlook(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `GridEnv.outlook`; a repair's gain is the machine and those that it unlocks; a tool's is the open machines
+        that need it, less the robots that hold it, and behind it comes the way to the nearest such machine."""
+        m = self.config.num_machines
+        broken = self.task_status[rows, :m] == BROKEN
+        tools = np.arange(m, self.num_tasks)
+        fits = broken[:, :, None] & (self.task_need[rows, :m, None] == tools)  # (n, machines, tools)
+        way = self._straight(self.task_cell[rows, :m, None], self.task_cell[rows, None, m:])
+        nearest = np.where(fits, way, np.iinfo(np.int64).max).min(1)
+        holders = (self.carrying[rows, :, None] == tools).sum(1)
+        unlocks = (self.task_lock[rows, :m, None] == np.arange(m)) & (self.task_status[rows, :m, None] == LOCKED)
+        gain = np.concatenate([1 + unlocks.sum(1), np.maximum(fits.sum(1) - holders, 0)], 1)
+        after = np.concatenate([np.zeros_like(broken, np.int64), np.where(fits.any(1), nearest, 0)], 1)
+        return after, gain.astype(np.int64)
+
     def scene(self, i: int) -> Scene:
         """The structured view of world `i`; everything is known."""
         tasks = []

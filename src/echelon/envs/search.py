@@ -182,6 +182,17 @@ class Search(GridEnv[SearchConfig]):
         _candidates(rows, self.pos, self.task_status, self.task_cell, out.kind, out.cell, out.task)
         return out
 
+    @property
+    def goals(self) -> int:
+        """The targets."""
+        return self.config.num_targets
+
+    def outlook(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `GridEnv.outlook`; the gain is how much of a region is unseen, in quarters (0 to 4, rounded up)."""
+        cells = np.array([(bottom - top) * (right - left) for top, bottom, left, right in self._bounds])
+        gain = -(-4 * self.unseen_left[rows].astype(np.int64) // cells)
+        return np.zeros_like(gain), gain
+
     def scene(self, i: int) -> Scene:
         """The structured view of world `i`: regions as tasks and zones, then targets, hidden ones without a cell."""
         tasks = [

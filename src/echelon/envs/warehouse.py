@@ -114,6 +114,11 @@ class Warehouse(GridEnv[WarehouseConfig]):
         )  # fmt: skip
         return out
 
+    def outlook(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `GridEnv.outlook`; behind a package comes the way to its zone."""
+        after = self._straight(self.task_cell[rows], self.task_goal[rows])
+        return after, np.ones_like(after)
+
     def scene(self, i: int) -> Scene:
         """The structured view of world `i`; everything is known."""
         tasks = []

@@ -15,7 +15,7 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.llm._optional import quiet_transformers, require
 from echelon.llm.store import ModelStore, resolve
 
-__all__ = ["Device", "Dtype", "LoadedModel", "load_causal", "locate"]
+__all__ = ["Device", "Dtype", "LoadedModel", "base_of", "load_causal", "locate"]
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -182,17 +182,13 @@ def _load_adapter(
     folder: Path, spec: str, store: ModelStore | None, dtype: torch.dtype, device: torch.device
 ) -> LoadedModel:
     """The base model with a LoRA adapter added to its weights, so that it costs what the base costs."""
-    settings = read_json(folder / "adapter_config.json", "adapter's configuration")
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != "LORA":
-        raise EchelonError(f"model {spec}: its adapter is of kind {kind!r}, and only LORA can be used")
+    base_spec, _ = base_of(folder, spec, store)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise EchelonError(
             f"model {spec}: no adapter_model.safetensors in {folder} (pickled weights, *.bin, are not read)"
         )
     peft = require("peft")
-    base_spec = _base(settings.get("base_model_name_or_path"), folder, spec, store)
     base = _load_folder(locate(base_spec, store), base_spec, store, dtype, device)
     # PEFT fills what it makes with random numbers first, and warns of what it doesn't find.
     with quiet_transformers(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -210,6 +206,19 @@ def _load_adapter(
                 f"model {spec}: its adapter does not fit its base model {base_spec} ({_line(error)})"
             ) from error
     return LoadedModel(model, tokenizer)
+
+
+def base_of(folder: Path, spec: str, store: ModelStore | None) -> tuple[str, dict[str, Any]]:
+    """The base model of a LoRA adapter, as a spec, and the adapter's settings.
+
+    Raises:
+        EchelonError: another kind of adapter, or an unknown base model.
+    """
+    settings = read_json(folder / "adapter_config.json", "adapter's configuration")
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise EchelonError(f"model {spec}: its adapter is of kind {kind!r}, and only LORA can be used")
+    return _base(settings.get("base_model_name_or_path"), folder, spec, store), settings
 
 
 def _base(name: object, folder: Path, spec: str, store: ModelStore | None) -> str:

@@ -9,30 +9,47 @@ the way in which a team's choices are joined are our choice; the paper states no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.envs.kernels import UNREACHABLE
 from echelon.errors import EchelonError
 from echelon.llm.choice import ChoiceModel, ChoicePrompt, ChoiceScores
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, option_lines
 from echelon.planners.base import Asking, ModelPlanner
-from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest, SubgoalKind, Verdict
+from echelon.planners.choosing import (
+    ABOUT,
+    CONTEXT,
+    CONTEXTS,
+    Choices,
+    Reviews,
+    contexts,
+    draw,
+    draws,
+    join,
+    list_open,
+    look_up,
+    pack,
+    spread,
+    survey,
+    words_of_context,
+)
+from echelon.subgoals import Plan, PlanRequest, SubgoalKind, Verdict
 
-__all__ = ["PROMPTS", "LLMPlanner"]
+__all__ = ["LEARNED_PROMPTS", "PROMPTS", "TEMPLATES", "LLMPlanner"]
 
 _BATCH = 64  # questions asked at a time: seconds, not minutes, between two looks at whether to stop
 PROMPTS = Path(__file__).parent / "prompts"
-_EACH = frozenset({"option", "what", "steps"})  # fields of a template that is about one option
-_RATED = frozenset({"what", "steps", "feedback"})  # a template of no others: its questions come again and again
+LEARNED_PROMPTS = PROMPTS / "learned"
+"""The templates of planners that learn: they tell what is around a candidate."""
+TEMPLATES = ("choose_system.txt", "choose.txt")
+_EACH = frozenset({"option", "what", "steps", "about", *CONTEXT})  # fields of a template that is about one option
+_RATED = _EACH - {"option"} | {"feedback"}  # a template of no others: its questions come again and again
 _WHICH = re.compile(r"[\d(),]+")  # ids and cells
-_TOOL = int(SubgoalKind.TOOL)
 _KINDS, _VERDICTS = len(SubgoalKind), len(Verdict)
 
 
@@ -48,8 +65,9 @@ class _Questions:
         asked: bool `(n, A)`, agents whose choice is the model's.
         row: int64 `(kinds,)`, by kind the row of the table of rated questions.
         prompts: what must be sent.
-        fresh: int64 `(3, m)`, the places in the table (row, verdict, steps) that rated prompts are about; of: the
-            agents (row, agent) that others are about.
+        steps, context: int64 `(n, A, most)`, where in the table rated options are, beside their row and verdict.
+        fresh: int64 `(4, m)`, the places in the table (row, verdict, steps, context) that rated prompts are about; of:
+            the agents (row, agent) that others are about.
         tokens: by agent (row, agent), what its question took, where not rated.
     """
 
@@ -59,8 +77,10 @@ class _Questions:
     taken: NDArray[np.bool_]
     asked: NDArray[np.bool_]
     row: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_KINDS, np.int64))
+    steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int64))
+    context: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int64))
     prompts: list[ChoicePrompt] = field(default_factory=list)
-    fresh: NDArray[np.int64] = field(default_factory=lambda: np.empty((3, 0), np.int64))
+    fresh: NDArray[np.int64] = field(default_factory=lambda: np.empty((4, 0), np.int64))
     of: list[tuple[int, int]] = field(default_factory=list)
     tokens: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -71,10 +91,14 @@ class LLMPlanner(ModelPlanner):
     An agent with one open candidate needs no model. Where two agents want one task, the one that is surer of
     it gets it and the other its next best, or, if others took all that it was shown, the nearest that is left.
 
-    Where a question depends on a candidate's kind and path length alone (the shipped template), its answer is kept
-    in a table and never asked for again, so that after a few hundred questions a plan costs no model time at all.
+    Where a question depends on a few small numbers alone (a candidate's kind and path length, what is around it), its
+    answer is kept in a table and never asked for again, so that after a few hundred questions a plan costs no model
+    time at all. A model that learns changes its answers: `forget` them then.
 
     Attributes:
+        explore: draw subgoals from the model's probabilities instead of taking the most probable (rated ones only).
+        on_choices: called with what was chosen from what, when there was a choice (rated ones only).
+        on_reviews: called with what was kept and what wasn't.
         asked: agents for whom the model chose; forced: agents that had only one open candidate; fresh: questions that
             were put to the model.
         failures: times that the model gave no usable answer.
@@ -89,7 +113,9 @@ class LLMPlanner(ModelPlanner):
             folder: where the templates `choose_system.txt` and `choose.txt` lie. One with the field `options` is
                 asked once an agent, for the letter of an option; one with `option` (in words, with its path length)
                 or `what` and `steps` (the same in two, without its id or cell) once an option, for A or B. Both may
-                have `robot`, `cell` and `feedback`.
+                have `robot`, `cell` and `feedback`; those about one option also `about` (rounded steps), `nearer` (how
+                many other robots that ask are nearer to this task, 2: or more), `after` (rounded steps of work that
+                come with it) and `gain` (how much there is to be had, up to 4), see `GridEnv.outlook`.
 
         Raises:
             EchelonError: max_options is out of range, or a template can't be used.
@@ -98,17 +124,31 @@ class LLMPlanner(ModelPlanner):
             raise EchelonError(f"max_options is {max_options}: it must be 2 to {len(LETTERS)}")
         self.name = f"llm:{model.name}"
         self.model, self.max_options = model, max_options
-        self.shared = PromptTemplate.from_file(folder / "choose_system.txt").render()
-        self.template = PromptTemplate.from_file(folder / "choose.txt")
+        self.templates = tuple(PromptTemplate.from_file(folder / name) for name in TEMPLATES)
+        self.shared, self.template = self.templates[0].render(), self.templates[1]
         if "options" in self.template.fields and (both := sorted(_EACH & self.template.fields)):
             raise EchelonError(f"{self.template.source}: it has {{options}} for all, so it can't have {{{both[0]}}}")
-        self._rated = bool(_EACH & self.template.fields) and self.template.fields <= _RATED
-        self.sees = frozenset({"cells"} if "cell" in self.template.fields or not self._rated else ())
+        fields = self.template.fields
+        self._rated = bool(_EACH & fields) and fields <= _RATED
+        self._told = np.array([name in fields for name in CONTEXT])
+        if self._told.any() and not self._rated:
+            raise EchelonError(
+                f"{self.template.source}: {{{next(n for n in CONTEXT if n in fields)}}} goes with {{what}} and "
+                f"{{steps}} or {{about}}, and not with what differs from robot to robot"
+            )
+        # What is around a candidate is more than a plan cache looks at.
+        self.sees = None if self._told.any() else frozenset({"cells"} if "cell" in fields or not self._rated else ())
         self.depends_on = (self.shared, self.template.text, str(max_options))
+        # Who can finish something isn't asked about fetching a tool, unless the model is told what that would bring.
+        self.spare_tools = not self._told.any()
+        self.explore = False
+        self.on_choices: Callable[[Choices], None] | None = None
+        self.on_reviews: Callable[[Reviews], None] | None = None
         self._words: dict[str, int] = {}
-        # Odds of good against bad, and the tokens that they took, by words, verdict and steps; NaN: not asked yet.
-        self._odds = np.full((0, _VERDICTS, 0), np.nan)
-        self._tokens = np.zeros((0, _VERDICTS, 0), np.int32)
+        # Odds of good against bad, and the tokens that they took, by words, verdict, steps and context; NaN: not asked.
+        width = CONTEXTS if self._told.any() else 1
+        self._odds = np.full((0, _VERDICTS, 0, width), np.nan)
+        self._tokens = np.zeros((0, _VERDICTS, 0, width), np.int32)
         self.asked = self.forced = self.fresh = self.failures = 0
 
     # -- a plan in three parts -----------------------------------------------------------------
@@ -121,7 +161,8 @@ class LLMPlanner(ModelPlanner):
         c, shape = request.candidates, (*request.need.shape, self.max_options)
         options, choice = np.full(shape, -1, np.int64), np.full(request.need.shape, -1, np.int64)
         count, taken = np.zeros(request.need.shape, np.int64), request.taken.copy()
-        _list_open(request.need, c.kind, c.task, request.distance, request.refused, taken, options, count, choice)
+        list_open(request.need, c.kind, c.task, request.distance, request.refused, taken, self.spare_tools, options,
+                  count, choice)  # fmt: skip
         asked = count > 1
         q = _Questions(options, count, choice, taken, asked)
         self.forced += int(np.count_nonzero(count == 1))
@@ -139,10 +180,7 @@ class LLMPlanner(ModelPlanner):
         q, (scores, broken) = asking.memo, answers
         self.failures += broken is not None
         if self._rated:
-            row, verdict, steps = q.fresh[:, : len(scores)]
-            # An option's probability is proportional to its odds, as in `ChoicePrompt.each`.
-            self._odds[row, verdict, steps] = [float(s.logprobs[0]) - float(s.logprobs[1]) for s in scores]
-            self._tokens[row, verdict, steps] = [s.prompt_tokens for s in scores]
+            self._learn_answers(q.fresh, scores)
             logprobs = self._from_table(asking.request, q)
         else:
             logprobs = np.full(q.options.shape, np.nan)
@@ -151,6 +189,48 @@ class LLMPlanner(ModelPlanner):
                 q.tokens[i, a] = answer.prompt_tokens
         return self._choose(asking.request, q, logprobs, asking.open, broken)
 
+    @property
+    def reviews(self) -> bool:
+        """Whether it can be asked to keep a subgoal or take it back: if it rates options, and is told of context."""
+        return self._rated and bool(self._told.any())
+
+    def review(
+        self, request: PlanRequest, kind: NDArray[np.int8], task: NDArray[np.int16], keys: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
+        """Which of the agents `request.need` are to choose a subgoal anew, bool `(n, A)`; the others keep theirs.
+
+        The question is that of the option with "go on: " before it; good means keep.
+
+        Args:
+            request: as for a plan, with path lengths.
+            kind, task: int8 and int16 `(n, A)`, the subgoals in flight.
+            keys: uint64 `(n, A)`, random bits, used if `explore`.
+        """
+        c = request.candidates
+        same = (c.kind == kind[..., None]) & (c.task == task[..., None]) & request.need[..., None]
+        asked = same.any(2)
+        options = np.where(asked, same.argmax(2), -1)[..., None].astype(np.int64)
+        q = _Questions(options, asked.astype(np.int64), np.full(asked.shape, -1, np.int64), request.taken, asked)
+        self._rate(request, q, "go on: ")
+        if q.prompts:
+            scores, broken = self._ask(q.prompts)
+            self.failures += broken is not None
+            self._learn_answers(q.fresh, scores)
+        i, a = np.nonzero(asked)
+        rows, verdict = q.row[c.kind[i, a, options[i, a, 0]]], request.rejected[i, a].astype(np.int64)
+        odds = self._odds[rows, verdict, q.steps[i, a, 0], q.context[i, a, 0]]
+        keep = 1 / (1 + np.exp(-odds))
+        # No answer changes nothing.
+        taken_back = (draws(keys[i, a]) >= keep) if self.explore else keep < 0.5
+        switch = np.zeros(asked.shape, bool)
+        switch[i, a] = taken_back
+        if self.on_reviews is not None:
+            known = ~np.isnan(odds)
+            logp = np.log(np.where(taken_back, 1 - keep, keep)[known])
+            places = pack(rows, verdict, q.steps[i, a, 0], q.context[i, a, 0])[known]
+            self.on_reviews(Reviews(request.rows[i[known]], a[known], places, taken_back[known], logp))
+        return switch
+
     def _write(self, request: PlanRequest, q: _Questions) -> NDArray[np.float64]:
         """A question for each agent; nothing is known yet."""
         q.of = [(int(i), int(a)) for i, a in zip(*np.nonzero(q.asked), strict=True)]
@@ -158,52 +238,72 @@ class LLMPlanner(ModelPlanner):
         self.fresh += len(q.of)
         return np.full(q.options.shape, np.nan)
 
-    def _rate(self, request: PlanRequest, q: _Questions) -> NDArray[np.float64]:
+    def _rate(self, request: PlanRequest, q: _Questions, prefix: str = "") -> NDArray[np.float64]:
         """The log-probabilities of agents' options, NaN where the table lacks an answer, which is then asked for."""
         assert request.distance is not None
         c = request.candidates
         first = np.full((_KINDS, 3), -1, np.int64)
-        steps = _survey(q.asked, q.options, q.count, c.kind, request.distance, first)
-        words = {}
+        survey(q.asked, q.options, q.count, c.kind, first)
         for k in np.flatnonzero(first[:, 0] >= 0).tolist():
             i, a, option = first[k].tolist()
-            words[k] = " ".join(_WHICH.sub(" ", request.text(i, a, option, brief=True)).split())
-            q.row[k] = self._words.setdefault(words[k], len(self._words))
-        self._grow(steps)
+            words = prefix + " ".join(_WHICH.sub(" ", request.text(i, a, option, brief=True)).split())
+            q.row[k] = self._words.setdefault(words, len(self._words))
+        at = np.maximum(q.options, 0)
+        lengths = np.take_along_axis(request.distance, at, 2)
+        q.steps = np.where(q.options >= 0, ABOUT[lengths] if "about" in self.template.fields else lengths, 0)
+        q.context = np.zeros_like(q.steps)
+        if self._told.any():
+            contexts(q.asked, q.options, q.count, request.need, c.kind, c.task, request.distance, *request.outlook(),
+                     self._told, q.context)  # fmt: skip
+        self._grow(int(q.steps[q.asked].max(initial=0)))
         logprobs = self._from_table(request, q)
         unknown = q.asked & np.isnan(logprobs[..., 0])
         if unknown.any():
-            at = np.nonzero(unknown[..., None] & (q.options >= 0))
-            which = (*at[:2], q.options[at])
-            kinds, verdicts = c.kind[which].astype(np.int64), request.rejected[at[:2]].astype(np.int64)
+            which = np.nonzero(unknown[..., None] & (q.options >= 0))
+            rows = q.row[c.kind[(*which[:2], q.options[which])]]
             # A kind's words decide the row: kinds of the same words come down to one question.
-            places = np.stack([q.row[kinds], verdicts, request.distance[which].astype(np.int64), kinds])
-            places = places[:, np.isnan(self._odds[places[0], places[1], places[2]])]
-            _, new = np.unique(places[:3], axis=1, return_index=True)
-            q.fresh = places[:3, new]
-            self.fresh += len(new)
-            for _, verdict, steps, kind in places[:, new].T.tolist():
-                text = self._render({"what": words[kind], "steps": steps, "feedback": _feedback(verdict)})
-                q.prompts.append(ChoicePrompt(self.shared, text, ("good", "bad")))
+            places = np.stack([rows, request.rejected[which[:2]].astype(np.int64), q.steps[which], q.context[which]])
+            q.fresh = np.unique(places[:, np.isnan(self._odds[tuple(places)])], axis=1)
+            self.fresh += q.fresh.shape[1]
+            q.prompts = [
+                ChoicePrompt(self.shared, self.question(*place), ("good", "bad")) for place in q.fresh.T.tolist()
+            ]
         return logprobs
+
+    def question(self, row: int, verdict: int, steps: int, context: int) -> str:
+        """What the model is asked about an option at that place of the table."""
+        told = words_of_context(context)
+        return self._render({"what": list(self._words)[row], "steps": steps, "about": steps,
+                             "feedback": _feedback(verdict), **told})  # fmt: skip
+
+    def _learn_answers(self, fresh: NDArray[np.int64], scores: list[ChoiceScores]) -> None:
+        places = tuple(fresh[:, : len(scores)])
+        # An option's probability is proportional to its odds, as in `ChoicePrompt.each`.
+        self._odds[places] = [float(s.logprobs[0]) - float(s.logprobs[1]) for s in scores]
+        self._tokens[places] = [s.prompt_tokens for s in scores]
 
     def _from_table(self, request: PlanRequest, q: _Questions) -> NDArray[np.float64]:
         """Log-probabilities `(n, A, most)` of the options of agents that are asked; NaN where an answer is missing."""
         logprobs = np.empty(q.options.shape)
-        c = request.candidates
-        _look_up(q.asked, q.options, q.count, c.kind, request.distance, request.rejected, q.row, self._odds, logprobs)
+        look_up(q.asked, q.options, q.count, request.candidates.kind, q.steps, q.context, request.rejected, q.row,
+                self._odds, logprobs)  # fmt: skip
         return logprobs
 
     def _grow(self, steps: int) -> None:
         """Make room in the table for every known word and so many steps."""
-        rows, most = len(self._words), self._odds.shape[2]
-        if rows > self._odds.shape[0] or steps >= most:
+        rows, (held, _, most, width) = len(self._words), self._odds.shape
+        if rows > held or steps >= most:
             size = max(64, most)
             while size <= steps:
                 size *= 2
-            odds, tokens = np.full((rows, _VERDICTS, size), np.nan), np.zeros((rows, _VERDICTS, size), np.int32)
-            odds[: self._odds.shape[0], :, :most], tokens[: self._odds.shape[0], :, :most] = self._odds, self._tokens
+            shape = (rows, _VERDICTS, size, width)
+            odds, tokens = np.full(shape, np.nan), np.zeros(shape, np.int32)
+            odds[:held, :, :most], tokens[:held, :, :most] = self._odds, self._tokens
             self._odds, self._tokens = odds, tokens
+
+    def forget(self) -> None:
+        """Ask everything anew: the model has changed."""
+        self._odds[:] = np.nan
 
     def _choose(
         self,
@@ -219,13 +319,48 @@ class LLMPlanner(ModelPlanner):
         # No answer is an answer of bad form: sent back, then the fallback decides, and the run goes on.
         unanswered = who & np.isnan(logprobs[..., 0])
         who = who & ~unanswered
-        _join(who, q.options, q.count, logprobs, c.kind, c.task, request.distance, request.refused, q.taken, q.choice)
+        args = (c.kind, c.task, request.distance, request.refused, q.taken, self.spare_tools)
+        if self._rated and (self.explore or self.on_choices is not None):
+            column, still, logp = np.full(who.shape, -1), np.zeros(q.options.shape, bool), np.zeros(who.shape)
+            draw(who, q.options, q.count, logprobs, *args, request.keys, self.explore, q.choice, column, still, logp)
+            if self.on_choices is not None:
+                self.on_choices(self._choices(request, q, column, still, logp))
+        else:
+            join(who, q.options, q.count, logprobs, *args, q.choice)
         plan = Plan.chosen(request, q.choice)
         plan.kind[unanswered] = -1
         plan.probability = np.zeros(c.kind.shape, np.float32)
-        _spread(who, q.options, q.count, logprobs, plan.probability)
+        spread(who, q.options, q.count, logprobs, plan.probability)
         plan.notes = lambda i: self._note(request, q, i, logprobs, broken)
         return plan
+
+    def lesson(self, request: PlanRequest, plan: Plan) -> Choices | None:
+        """What another planner chose in `plan`, as choices among the options that this one would rate; None if none.
+
+        Agents with one option only, and those for whom the other chose something else, teach nothing.
+        """
+        q: _Questions = self.begin(replace(request, taken=request.taken.copy())).memo
+        c = request.candidates
+        i, a = np.nonzero(q.asked)
+        at = (i[:, None], a[:, None], np.maximum(q.options[i, a], 0))
+        same = (c.kind[at] == plan.kind[i, a, None]) & (c.cell[at] == plan.cell[i, a, None])
+        same &= (c.task[at] == plan.task[i, a, None]) & (q.options[i, a] >= 0)
+        column = np.full(q.asked.shape, -1)
+        column[i, a] = np.where(same.any(1), same.argmax(1), -1)
+        return (
+            self._choices(request, q, column, q.options >= 0, np.zeros(q.asked.shape)) if (column >= 0).any() else None
+        )
+
+    def _choices(
+        self, request: PlanRequest, q: _Questions, column: NDArray[np.int64], still: NDArray[np.bool_],
+        logp: NDArray[np.float64],
+    ) -> Choices:  # fmt: skip
+        """What was chosen from what, where there was a choice."""
+        i, a = np.nonzero(column >= 0)
+        options = q.options[i, a]
+        kinds = request.candidates.kind[i[:, None], a[:, None], np.maximum(options, 0)]
+        places = pack(q.row[kinds], request.rejected[i, a].astype(np.int64)[:, None], q.steps[i, a], q.context[i, a])
+        return Choices(request.rows[i], a, np.where(options >= 0, places, -1), still[i, a], column[i, a], logp[i, a])
 
     def _ask(self, prompts: list[ChoicePrompt]) -> tuple[list[ChoiceScores], str | None]:
         """The model's scores up to its first failure, and the reason of that."""
@@ -254,6 +389,15 @@ class LLMPlanner(ModelPlanner):
         brief = [request.text(i, a, int(c), brief=True) for c in options]
         steps = [int(request.distance[i, a, c]) for c in options]
         words = tuple(f"{text}, {length} steps" for text, length in zip(brief, steps, strict=True))
+        context = [0] * len(options)
+        if self._told.any():
+            shape = (*request.need.shape, len(options))
+            listed, asked, found = np.full(shape, -1), np.zeros(shape[:2], bool), np.zeros(shape, np.int64)
+            listed[i, a], asked[i, a] = options, True
+            c = request.candidates
+            contexts(asked, listed, np.full(shape[:2], len(options)), request.need, c.kind, c.task, request.distance,
+                     *request.outlook(), self._told, found)  # fmt: skip
+            context = found[i, a].tolist()
         cell = request.where(i, a)
         fields = {"robot": a, "cell": f"row {cell[0]}, column {cell[1]}",
                   "feedback": _feedback(int(request.rejected[i, a]))}  # fmt: skip
@@ -261,9 +405,10 @@ class LLMPlanner(ModelPlanner):
             text = self._render({**fields, "options": option_lines(words)})
             return ChoicePrompt(self.shared, text, words)
         each = tuple(
-            self._render({**fields, "option": option, "what": " ".join(_WHICH.sub(" ", text).split()), "steps": length})
-            for option, text, length in zip(words, brief, steps, strict=True)
-        )
+            self._render({**fields, "option": option, "what": " ".join(_WHICH.sub(" ", text).split()), "steps": length,
+                          "about": int(ABOUT[length]), **words_of_context(around)})
+            for option, text, length, around in zip(words, brief, steps, context, strict=True)
+        )  # fmt: skip
         return ChoicePrompt(self.shared, "\n".join(each), words, each)
 
     def _render(self, fields: Mapping[str, object]) -> str:
@@ -277,8 +422,8 @@ class LLMPlanner(ModelPlanner):
         one[0, a] = True
         options, choice = np.full((*one.shape, self.max_options), -1, np.int64), np.full(one.shape, -1, np.int64)
         count = np.zeros(one.shape, np.int64)
-        _list_open(one, c.kind[i : i + 1], c.task[i : i + 1], request.distance[i : i + 1],
-                   request.refused[i : i + 1], taken[i : i + 1].copy(), options, count, choice)  # fmt: skip
+        list_open(one, c.kind[i : i + 1], c.task[i : i + 1], request.distance[i : i + 1], request.refused[i : i + 1],
+                  taken[i : i + 1].copy(), self.spare_tools, options, count, choice)  # fmt: skip
         return options[0, a, : count[0, a]]
 
     def _note(
@@ -314,8 +459,8 @@ class LLMPlanner(ModelPlanner):
         if not self._rated:
             return q.tokens.get((i, a), 0)
         options = q.options[i, a, : q.count[i, a]]
-        row = q.row[request.candidates.kind[i, a, options]]
-        return int(self._tokens[row, int(request.rejected[i, a]), request.distance[i, a, options]].sum())
+        row, n = q.row[request.candidates.kind[i, a, options]], len(options)
+        return int(self._tokens[row, int(request.rejected[i, a]), q.steps[i, a, :n], q.context[i, a, :n]].sum())
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -345,132 +490,3 @@ class LLMPlanner(ModelPlanner):
 
 def _feedback(verdict: int) -> Block:
     return Block(f"Your last choice was refused: {Verdict(verdict).reason}.\n" if verdict else "")
-
-
-@numba.njit(cache=True)
-def _is_open(c, kind, task, distance, refused, taken):  # type: ignore[no-untyped-def]
-    t = task[c]
-    return kind[c] > 0 and distance[c] != UNREACHABLE and not refused[c] and not (t >= 0 and taken[t])
-
-
-@numba.njit(cache=True)
-def _skips_tools(kind, task, distance, refused, taken):  # type: ignore[no-untyped-def]
-    """As for `hungarian`: who can finish something isn't asked about a tool, else robots go from rack to rack."""
-    skips = False
-    for c in range(kind.shape[0]):
-        skips |= kind[c] != _TOOL and _is_open(c, kind, task, distance, refused, taken)
-    return skips
-
-
-@numba.njit(cache=True)
-def _list_open(need, kind, task, distance, refused, taken, options, count, choice):  # type: ignore[no-untyped-def]
-    """Write each needing agent's nearest open candidates into `options`, in their order; a single one is chosen."""
-    most = options.shape[2]
-    for i in range(need.shape[0]):
-        for a in range(need.shape[1]):
-            if not need[i, a]:
-                continue
-            args = (kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i])
-            skip = _skips_tools(*args)
-            found = options[i, a]
-            n = 0
-            for c in range(kind.shape[2]):
-                if not _is_open(c, *args) or (skip and kind[i, a, c] == _TOOL):
-                    continue
-                # Sorted by length while they are collected; of equals the first comes first.
-                at = min(n, most)
-                while at > 0 and distance[i, a, found[at - 1]] > distance[i, a, c]:
-                    if at < most:
-                        found[at] = found[at - 1]
-                    at -= 1
-                if at < most:
-                    found[at] = c
-                    n = min(n + 1, most)
-            found[:n].sort()
-            count[i, a] = n
-            if n == 1:
-                choice[i, a] = found[0]
-                t = task[i, a, found[0]]
-                if t >= 0 and EXCLUSIVE[kind[i, a, found[0]]]:
-                    taken[i, t] = True
-
-
-@numba.njit(cache=True)
-def _survey(asked, options, count, kind, distance, first):  # type: ignore[no-untyped-def]
-    """Write where each kind of option comes up first (row, agent, candidate) into `first`; the longest way."""
-    longest = 0
-    for i in range(asked.shape[0]):
-        for a in range(asked.shape[1]):
-            if asked[i, a]:
-                for k in range(count[i, a]):
-                    c = options[i, a, k]
-                    longest = max(longest, int(distance[i, a, c]))
-                    if first[kind[i, a, c], 0] < 0:
-                        first[kind[i, a, c]] = i, a, c
-    return longest
-
-
-@numba.njit(cache=True)
-def _look_up(asked, options, count, kind, distance, rejected, row, odds, logprobs):  # type: ignore[no-untyped-def]
-    """Write the log-probabilities of options, proportional to their odds; NaN for agents that lack an answer."""
-    for i in range(asked.shape[0]):
-        for a in range(asked.shape[1]):
-            if not asked[i, a]:
-                continue
-            most, known, n = -np.inf, True, count[i, a]
-            for k in range(n):
-                c = options[i, a, k]
-                x = odds[row[kind[i, a, c]], rejected[i, a], distance[i, a, c]]
-                known &= not np.isnan(x)
-                logprobs[i, a, k] = x
-                most = max(most, x)
-            total = 0.0
-            for k in range(n):
-                total += np.exp(logprobs[i, a, k] - most)
-            for k in range(n):
-                logprobs[i, a, k] = logprobs[i, a, k] - most - np.log(total) if known else np.nan
-
-
-@numba.njit(cache=True)
-def _spread(who, options, count, logprobs, probability):  # type: ignore[no-untyped-def]
-    """Write the probabilities of options to where their candidates are."""
-    for i in range(who.shape[0]):
-        for a in range(who.shape[1]):
-            if who[i, a]:
-                for k in range(count[i, a]):
-                    probability[i, a, options[i, a, k]] = np.exp(logprobs[i, a, k])
-
-
-@numba.njit(cache=True)
-def _join(who, options, count, logprobs, kind, task, distance, refused, taken, choice):  # type: ignore[no-untyped-def]
-    """Let the agents `who` choose, the surest first (of equals the first agent), so that no task is given twice."""
-    for i in range(who.shape[0]):
-        left = who[i].copy()
-        while True:
-            best, sure = -1, -np.inf
-            for a in range(left.shape[0]):
-                if left[a]:
-                    top = logprobs[i, a, : count[i, a]].max()
-                    if best < 0 or top > sure:
-                        best, sure = a, top
-            if best < 0:
-                break
-            a = best
-            left[a] = False
-            pick, most = -1, -np.inf
-            for k in range(count[i, a]):
-                c = options[i, a, k]
-                t = task[i, a, c]
-                if not (t >= 0 and taken[i, t]) and (pick < 0 or logprobs[i, a, k] > most):
-                    pick, most = c, logprobs[i, a, k]
-            if pick < 0:
-                # Others took all that it was shown.
-                args = (kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i])
-                skip = _skips_tools(*args)
-                for c in range(kind.shape[2]):
-                    nearer = pick < 0 or distance[i, a, c] < distance[i, a, pick]
-                    if nearer and _is_open(c, *args) and not (skip and kind[i, a, c] == _TOOL):
-                        pick = c
-            choice[i, a] = pick
-            if pick >= 0 and task[i, a, pick] >= 0 and EXCLUSIVE[kind[i, a, pick]]:
-                taken[i, task[i, a, pick]] = True

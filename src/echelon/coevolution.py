@@ -1,0 +1,198 @@
+"""A planner that learns and its executors, growing together: what one update of such a run is.
+
+HiPER: a window of rollouts in which the planner draws its subgoals, then it learns from the turns. HiMAC: a macro
+phase, in which groups of worlds play the same episode under plans that the planner draws, executors as they are and
+greedy; then a micro phase, in which executors learn under the best plan of each group (`GrowthConfig` sets the
+schedule). Before anything else the planner imitates one that is known to be good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from echelon.algorithms.decisions import imitate
+from echelon.algorithms.himac import HiMAC, HiMACConfig
+from echelon.algorithms.hiper import HiPER, HiPERConfig
+from echelon.building import build_worlds
+from echelon.configs import RunConfig
+from echelon.errors import EchelonError
+from echelon.executors import PIBTExecutor
+from echelon.growing import FEATURES_OF_A_TURN, Blueprints, EpisodeRecorder, Lessons, TurnRecorder, decisions_of
+from echelon.llm.policy import ChoicePolicy
+from echelon.planners import make_rule_planner
+from echelon.planners.llm import LLMPlanner
+from echelon.rng import spawn_keys
+from echelon.rollout import PlanTrace
+from echelon.rollouts import Clock, Rollouts
+
+__all__ = ["GrowingRollouts"]
+
+
+class GrowingRollouts(Rollouts):
+    """Rollouts in which the planner learns, too.
+
+    Attributes:
+        planner, policy: who plans, and its model.
+        learner: how it learns.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        on_plan: Callable[[PlanTrace], None] | None = None,
+        on_subgoals: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Build everything.
+
+        Raises:
+            EchelonError: a setting, map or model can't be used.
+        """
+        super().__init__(config, on_plan, on_subgoals)
+        config = self.config
+        planner = self.worlds.planners[0][0]
+        assert isinstance(planner, LLMPlanner) and isinstance(planner.model, ChoicePolicy)
+        self.planner, self.policy = planner, planner.model
+        if not planner.reviews:
+            raise EchelonError(
+                f"method {config.method} trains its planner: its prompt (planning.prompts) must be about one option, "
+                f"and tell {{nearer}}, {{after}} or {{gain}}"
+            )
+        self.learner: HiPER | HiMAC
+        if isinstance(config.learner, HiPERConfig):
+            self.learner = HiPER(config.learner, self.policy, FEATURES_OF_A_TURN, config.seed)
+            self.passes = config.growth.window
+        else:
+            assert isinstance(config.learner, HiMACConfig)
+            self.learner = HiMAC(config.learner, self.policy, config.seed)
+            self._macro = -(-self.worlds.env.limit // self.buffer.steps)
+            plays = {"alternate": self._macro + config.growth.practice, "executor": config.growth.practice}
+            self.passes = plays.get(config.growth.schedule, self._macro)
+        self.steps_per_update *= self.passes
+        self.updates = 0
+
+    def start(self) -> None:
+        """Let the planner imitate, then plan the first subgoals."""
+        self.warm_up()
+        self.worlds.start()
+
+    def warm_up(self) -> None:
+        """Let the planner imitate another; the reference that it is later held to is what this made of it."""
+        c = self.config
+        if c.growth.warm_start != "off" and c.growth.warm_updates:
+            seed = int(spawn_keys(c.seed, (34,), 1)[0] >> np.uint64(33))
+            lessons = Lessons(make_rule_planner(c.growth.warm_start), self.planner)
+            worlds = build_worlds(c, num_envs=64, seed=seed, training=False, planner=lessons)
+            executor = PIBTExecutor(worlds)
+            worlds.start()
+            for _ in range(c.growth.warm_steps):
+                worlds.advance(executor.act(worlds))
+                worlds.settle()
+            decisions = decisions_of(self.planner, lessons.choices, [])
+            if len(decisions):
+                key, count = int(spawn_keys(c.seed, (35,), 1)[0]), c.growth.warm_updates
+                for k in range(count):
+                    self.policy.warm_up(k, count)
+                    each = -(-len(decisions) // c.growth.warm_batch)
+                    imitate(self.policy, decisions, decisions.chosen, batch=c.growth.warm_batch,
+                            epochs=-(-count // each), key=key, first=k, last=k + 1)  # fmt: skip
+        self.policy.warm_up(0, 0)
+        self.policy.anchor()
+        self.planner.forget()
+
+    def update(self) -> tuple[Clock, dict[str, float]]:
+        """One update of planner, executors or both, as the schedule says: where its time went, and what to log."""
+        clock = Clock()
+        learnt = self._himac(clock) if isinstance(self.learner, HiMAC) else self._hiper(clock)
+        self.updates += 1
+        return clock, learnt
+
+    def _hiper(self, clock: Clock) -> dict[str, float]:
+        schedule = self.config.growth.schedule
+        planner = schedule in ("joint", "planner") or (schedule == "alternate" and self.updates % 2 == 1)
+        executors = schedule in ("joint", "executor") or (schedule == "alternate" and self.updates % 2 == 0)
+        told: dict[str, float] = {}
+        watch = TurnRecorder(self.worlds, self.planner) if planner else None
+        if watch is not None:
+            watch.begin()
+        self._watch = watch
+        for _ in range(self.passes):
+            self.collect(clock)
+            if executors:
+                told |= self.learn(clock)
+        self._watch = None
+        if watch is not None:
+            assert isinstance(self.learner, HiPER)
+            told |= self._named(self.learner.update(*watch.finish()))
+            self.planner.forget()
+            clock.lap("planner")
+        return told
+
+    def _himac(self, clock: Clock) -> dict[str, float]:
+        assert isinstance(self.learner, HiMAC)
+        schedule, worlds, env = self.config.growth.schedule, self.worlds, self.worlds.env
+        group, W = self.learner.config.group, env.num_envs
+        first = env.counters.reshape(-1, group).max(1).repeat(group)
+        told: dict[str, float] = {}
+        watch = EpisodeRecorder(worlds, self.planner)
+        watch.begin()
+        self.planner.explore = schedule != "executor"
+        worlds.begin_together(group)
+        watch.given()
+        if schedule == "executor":
+            watch.stop()
+            worlds.active = np.ones(W, bool)
+        else:
+            self._watch = watch
+            for _ in range(self._macro):
+                self.collect(clock, greedy=schedule != "joint")
+                if schedule == "joint":
+                    told |= self.learn(clock)
+            self._watch = None
+            decisions, of = watch.finish()
+            groups = np.arange(W) // group
+            told |= self._named(self.learner.macro(decisions, of, watch.scores, groups))
+            best = self.learner.pick(watch.scores, groups)
+            self.planner.forget()
+            clock.lap("planner")
+        if schedule in ("alternate", "executor"):
+            mine = worlds.planners[0][1]
+            if schedule == "alternate":
+                plans = [watch.blueprint[int(best[g])] for g in groups]
+                blueprints = Blueprints(self.planner, plans, worlds)
+                worlds.planners[0] = (blueprints, mine)
+                worlds.plan_time[blueprints.name] = worlds.plan_time[self.planner.name]
+                # The task of the macro phase once more, and again when it is done.
+                env.counters[:] = worlds.repeat = first
+                worlds.begin_together(group)
+                self._watch = blueprints
+            for _ in range(self.config.growth.practice):
+                self.collect(clock)
+                told |= self.learn(clock)
+            worlds.planners[0], worlds.repeat, self._watch = (self.planner, mine), None, None
+        return told
+
+    def _named(self, told: dict[str, float]) -> dict[str, float]:
+        return {f"planner_{name}": value for name, value in told.items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that learns, as tensors by name."""
+        state = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        state |= {f"learner.{k}": v for k, v in self.learner.state_dict().items()}
+        return super().state_dict() | state | {"growth.updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        own = ("policy.", "learner.", "growth.")
+        super().load_state_dict({k: v for k, v in state.items() if not k.startswith(own)})
+        self.policy.load_state_dict(part("policy."))
+        self.policy.warm_up(0, 0)
+        self.learner.load_state_dict(part("learner."))
+        self.updates = int(state["growth.updates"])

@@ -1,0 +1,339 @@
+"""What a planner that learns lives through: its decisions, the turns between them, and what came of them.
+
+Knows worlds and planners, and no algorithm: `TurnRecorder` gives HiPER its turns, `EpisodeRecorder` gives HiMAC its
+scored blueprints, and `Blueprints` lets a team carry one out again.
+
+The planner's reward (our choice) is the share of the task done in a step less the share of the time that went by, so an
+episode's return is what was done less what it took: teams that succeed sooner get more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echelon.algorithms.decisions import Decisions
+from echelon.algorithms.hiper import Turns
+from echelon.planners.base import Planner, StatelessPlanner
+from echelon.planners.choosing import Choices, Reviews, unpack
+from echelon.planners.llm import LLMPlanner
+from echelon.rollout import TeamWorlds
+from echelon.subgoals import FEATURES, Plan, PlanRequest, SubgoalTracker
+
+__all__ = [
+    "FEATURES_OF_A_TURN",
+    "Blueprints",
+    "EpisodeRecorder",
+    "Lessons",
+    "TurnRecorder",
+    "decisions_of",
+    "turn_features",
+]
+
+_WORLDS = ("warehouse", "search", "repair")
+_OWN = 6
+FEATURES_OF_A_TURN = FEATURES + _OWN + len(_WORLDS)
+"""What critics of a planner see of an agent's turn; the same in every world, whatever its size."""
+
+
+def turn_features(worlds: TeamWorlds, done: NDArray[np.float64]) -> NDArray[np.float32]:
+    """What critics see now, float32 `(W, A, FEATURES_OF_A_TURN)`.
+
+    The subgoal in flight as executors see it; time left, and what is left to do, also for each agent; the share of the
+    team that has nothing to do; whether the agent carries something; agents (in sixteenths); and which world it is.
+
+    Args:
+        worlds: a team with subgoals.
+        done: float64 `(W,)`, the task reward of the episode so far.
+    """
+    env, tracker = worlds.env, worlds.tracker
+    assert tracker is not None
+    out = np.zeros((env.num_envs, env.num_agents, FEATURES_OF_A_TURN), np.float32)
+    out[..., :FEATURES] = tracker.features * SubgoalTracker.scale
+    left = 1 - env.steps / env.limit
+    undone = 1 - done / env.goals
+    out[..., FEATURES] = left[:, None]
+    out[..., FEATURES + 1] = undone[:, None]
+    out[..., FEATURES + 2] = (undone * env.goals / env.num_agents / 4)[:, None]
+    out[..., FEATURES + 3] = (tracker.kind <= 0).mean(1)[:, None]
+    out[..., FEATURES + 4] = env.carrying >= 0
+    out[..., FEATURES + 5] = env.num_agents / 16
+    if env.name in _WORLDS:
+        out[..., FEATURES + _OWN + _WORLDS.index(env.name)] = 1
+    return out
+
+
+def decisions_of(planner: LLMPlanner, choices: Sequence[Choices], reviews: Sequence[Reviews]) -> Decisions:
+    """The decisions behind what a planner told: all choices in their order, then all reviews."""
+    width = planner.max_options
+    places = [np.pad(c.places, ((0, 0), (0, width - c.places.shape[1])), constant_values=-1) for c in choices]
+    opens = [np.pad(c.open, ((0, 0), (0, width - c.open.shape[1]))) for c in choices]
+    asked = [np.full((len(r.place), width), -1, np.int64) for r in reviews]
+    for found, r in zip(asked, reviews, strict=True):
+        found[:, 0] = r.place
+    if not (choices or reviews):
+        return Decisions.join([])
+    packed = np.concatenate([*places, *asked])
+    both = [np.arange(width)[None].repeat(len(r.place), 0) < 2 for r in reviews]
+    distinct, inverse = np.unique(packed, return_inverse=True)
+    options = inverse.reshape(packed.shape).astype(np.int64)
+    if len(distinct) and distinct[0] < 0:
+        distinct, options = distinct[1:], options - 1
+    return Decisions(
+        [planner.question(*unpack(place)) for place in distinct.tolist()],
+        options,
+        np.concatenate([*opens, *both]),
+        np.concatenate([*(c.column for c in choices), *(r.switch.astype(np.int64) for r in reviews)]),
+        np.concatenate([*(c.logp for c in choices), *(r.logp for r in reviews)]).astype(np.float32),
+        np.repeat([False, True], [sum(len(c.column) for c in choices), sum(len(r.place) for r in reviews)]),
+    )  # fmt: skip
+
+
+class _Listener:
+    """Hears what a planner decides, while it explores."""
+
+    def __init__(self, worlds: TeamWorlds, planner: LLMPlanner) -> None:
+        self.worlds, self.planner = worlds, planner
+        self.choices: list[Choices] = []
+        self.reviews: list[Reviews] = []
+
+    def listen(self) -> None:
+        """From now on the planner draws its subgoals, and is listened to."""
+        self.choices, self.reviews = [], []
+        self.planner.explore = True
+        self.planner.on_choices, self.planner.on_reviews = self.choices.append, self.reviews.append
+
+    def stop(self) -> None:
+        """Let the planner take what it thinks best again."""
+        self.planner.explore = False
+        self.planner.on_choices = self.planner.on_reviews = None
+
+
+class TurnRecorder(_Listener):
+    """The turns of all agents over some steps: `begin`, then `acted` and `settled` for each step, then `finish`.
+
+    An agent's turn begins where it gets a subgoal or is asked whether to keep it, and lasts up to the next one or the
+    end of the episode; turns that were under way when recording began are left out.
+    """
+
+    def begin(self) -> None:
+        """Record from here on."""
+        self.listen()
+        W, A = self.worlds.env.num_envs, self.worlds.env.num_agents
+        self._sums = np.zeros(W)
+        self._turn = np.full((W, A), -1, np.int64)  # the number of the turn under way
+        self._path = np.full((W, A), -1, np.int64)  # … of the trajectory
+        self._heard = [0, 0]
+        self._started: list[tuple[Any, ...]] = []
+        self._reward: list[NDArray[np.float32]] = []
+        self._count = self._paths = 0
+        self._size = 1024
+        self._gained, self._took = np.zeros(self._size), np.zeros(self._size, np.int64)
+        self._done = np.zeros(self._size, bool)
+        self._last: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+
+    def acted(self) -> None:
+        """After `worlds.advance`: what the step brought, and how things stand."""
+        env = self.worlds.env
+        self._sums += env.reward
+        self._before = turn_features(self.worlds, self._sums)
+        reward = env.reward / env.goals - 1 / env.limit
+        w, a = np.nonzero(self._turn >= 0)
+        turn = self._turn[w, a]
+        self._gained[turn] += reward[w]
+        self._took[turn] += 1
+        ended = env.terminated | env.truncated
+        if ended.any():
+            self._close(w[ended[w]], a[ended[w]], self._before, env.terminated)
+            self._sums[ended] = 0
+
+    def _close(
+        self, w: NDArray[np.int64], a: NDArray[np.int64], seen: NDArray[np.float32], done: NDArray[np.bool_]
+    ) -> None:
+        """The trajectories of these agents end here."""
+        self._done[self._turn[w, a]] = done[w]
+        self._last.append((self._path[w, a], seen[w, a]))
+        self._turn[w, a] = self._path[w, a] = -1
+
+    def settled(self, ended: NDArray[np.bool_]) -> None:
+        """After `worlds.settle`: who begins a turn."""
+        worlds, (W, A) = self.worlds, self._turn.shape
+        assert worlds.tracker is not None
+        after = turn_features(worlds, self._sums)
+        choice, review = np.full((W, A), -1, np.int64), np.full((W, A), -1, np.int64)
+        row = sum(len(c.world) for c in self.choices[: self._heard[0]])
+        for c in self.choices[self._heard[0] :]:
+            choice[c.world, c.agent] = row + np.arange(len(c.world))  # of several tries the last
+            row += len(c.world)
+        row = sum(len(r.world) for r in self.reviews[: self._heard[1]])
+        for r in self.reviews[self._heard[1] :]:
+            review[r.world, r.agent] = row + np.arange(len(r.world))
+            row += len(r.world)
+        self._heard = [len(self.choices), len(self.reviews)]
+        given = (worlds.tracker.age == 0) & (worlds.tracker.kind >= 0) & worlds.active[:, None]
+        w, a = np.nonzero(given | (review >= 0))
+        if not len(w):
+            return
+        before = np.where(ended[w, None], after[w, a], self._before[w, a])
+        fresh = ended[w] | (self._path[w, a] < 0)
+        before[ended[w], :FEATURES] = 0  # a new episode begins without a subgoal
+        self._path[w[fresh], a[fresh]] = self._paths + np.arange(int(fresh.sum()))
+        self._paths += int(fresh.sum())
+        number = self._count + np.arange(len(w))
+        self._count += len(w)
+        while self._count > self._size:
+            self._size *= 2
+            for name in ("_gained", "_took", "_done"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        self._turn[w, a] = number
+        self._started.append((self._path[w, a], given[w, a], before, after[w, a], choice[w, a], review[w, a]))
+
+    def finish(self) -> tuple[Turns, Decisions]:
+        """Stop recording: the turns, and the decisions that they name."""
+        self.stop()
+        w, a = np.nonzero(self._turn >= 0)
+        now = turn_features(self.worlds, self._sums)
+        self._close(w, a, now, np.zeros(self._turn.shape[0], bool))
+        decisions = decisions_of(self.planner, self.choices, self.reviews)
+        chosen = sum(len(c.world) for c in self.choices)
+        if not self._started:
+            none = np.zeros(0, np.int64)
+            empty = np.zeros((0, FEATURES_OF_A_TURN), np.float32)
+            flat = none.astype(np.float32)
+            return Turns(none, flat, none > 0, none > 0, empty, empty, empty, none, none), decisions
+        path, given, before, after, choice, review = (np.concatenate(x) for x in zip(*self._started, strict=True))
+        n = self._count
+        took = self._took[:n]
+        last = np.zeros((self._paths, FEATURES_OF_A_TURN), np.float32)
+        for paths, seen in self._last:
+            last[paths] = seen
+        # Turns that nothing happened in: given and taken back within one step.
+        order = np.argsort(path, kind="stable")
+        order = order[took[order] > 0]
+        review = np.where(review >= 0, review + chosen, -1)
+        kept = order
+        numbers, path = np.unique(path[kept], return_inverse=True)
+        return Turns(
+            path.astype(np.int64), self._gained[:n][kept].astype(np.float32), given[kept], self._done[:n][kept],
+            before[kept].astype(np.float32), after[kept], last[numbers],
+            np.where(given[kept], choice[kept], -1), review[kept], took[kept],
+        ), decisions  # fmt: skip
+
+
+class EpisodeRecorder(_Listener):
+    """The first episode of each world after `begin`: what was decided, what came of it, and who was given what."""
+
+    def begin(self) -> None:
+        """Record from here on; worlds must begin their episodes now, with `worlds.begin_together`, after this."""
+        self.listen()
+        W, A = self.worlds.env.num_envs, self.worlds.env.num_agents
+        self.scores = np.zeros(W, np.float32)
+        self.running = np.ones(W, bool)
+        self.blueprint: list[list[list[tuple[int, int]]]] = [[[] for _ in range(A)] for _ in range(W)]
+        self.worlds.active = self.running
+
+    def given(self) -> None:
+        """Note who was given what just now; after `begin_together` and after each `settle`."""
+        tracker = self.worlds.tracker
+        assert tracker is not None
+        new = (tracker.age == 0) & (tracker.kind > 0) & self.running[:, None]
+        for w, a in zip(*(x.tolist() for x in np.nonzero(new)), strict=True):
+            self.blueprint[w][a].append((int(tracker.kind[w, a]), int(tracker.task[w, a])))
+
+    def acted(self) -> None:
+        """After `worlds.advance`."""
+        env = self.worlds.env
+        self.scores[self.running] += (env.reward / env.goals - 1 / env.limit)[self.running]
+        self.running &= ~(env.terminated | env.truncated)
+        # A world whose episode is over goes on, but nobody plans for it.
+        self.worlds.active = self.running.copy()
+
+    def settled(self, ended: NDArray[np.bool_]) -> None:
+        """After `worlds.settle`."""
+        self.given()
+
+    def finish(self) -> tuple[Decisions, NDArray[np.int64]]:
+        """Stop recording: the decisions, and the world of each, int64 `(n,)`."""
+        self.stop()
+        self.worlds.active = np.ones(self.worlds.env.num_envs, bool)
+        worlds = np.concatenate(
+            [np.zeros(0, np.int64), *(c.world for c in self.choices), *(r.world for r in self.reviews)]
+        )
+        return decisions_of(self.planner, self.choices, self.reviews), worlds
+
+
+@dataclass
+class Blueprints(StatelessPlanner):
+    """Gives each agent of a world the subgoals of its blueprint, one after another; then what `inner` says.
+
+    What can't be done any more is skipped, since executors that explore need not arrive in the order of those that the
+    blueprint was made with.
+
+    Attributes:
+        inner: who plans where the blueprint has ended.
+        plans: by world and agent the subgoals, as (kind, task).
+        worlds: the team that carries them out, again and again.
+    """
+
+    inner: Planner
+    plans: list[list[list[tuple[int, int]]]]
+    worlds: TeamWorlds
+    name: str = "blueprint"
+
+    def __post_init__(self) -> None:
+        self.needs_distance = self.inner.needs_distance
+        self._at = np.zeros((len(self.plans), max((len(p) for p in self.plans), default=0)), np.int64)
+
+    def acted(self) -> None:
+        """After `worlds.advance`: who is done begins again."""
+        self._at[self.worlds.env.terminated | self.worlds.env.truncated] = 0
+
+    def settled(self, ended: NDArray[np.bool_]) -> None:
+        """After `worlds.settle`: nothing to do."""
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """The next subgoal of each agent's blueprint that can still be done; `inner`'s for the others."""
+        c, taken = request.candidates, request.taken.copy()
+        choice = np.full(request.need.shape, -1, np.int64)
+        for i, a in zip(*(x.tolist() for x in np.nonzero(request.need)), strict=True):
+            world = int(request.rows[i])
+            steps = self.plans[world][a]
+            while choice[i, a] < 0 and self._at[world, a] < len(steps):
+                kind, task = steps[self._at[world, a]]
+                self._at[world, a] += 1
+                fits = np.flatnonzero((c.kind[i, a] == kind) & (c.task[i, a] == task) & ~request.refused[i, a])
+                if len(fits) and not (request.is_exclusive(kind) and task >= 0 and taken[i, task]):
+                    choice[i, a] = fits[0]
+                    if request.is_exclusive(kind) and task >= 0:
+                        taken[i, task] = True
+        plan = Plan.chosen(request, choice)
+        left = request.need & (choice < 0)
+        if left.any():
+            more = self.inner.plan(replace(request, need=left, taken=taken))
+            for name in ("kind", "cell", "task"):
+                getattr(plan, name)[left] = getattr(more, name)[left]
+        return plan
+
+
+class Lessons(StatelessPlanner):
+    """Plans as `teacher` does, and notes what `learner` would have had to choose."""
+
+    needs_distance = True
+
+    def __init__(self, teacher: Planner, learner: LLMPlanner) -> None:
+        """Note what `teacher` chooses among the options that `learner` rates."""
+        self.name = f"lessons of {teacher.name}"
+        self.teacher, self.learner = teacher, learner
+        self.choices: list[Choices] = []
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """The teacher's plan."""
+        plan = self.teacher.plan(request)
+        if (lesson := self.learner.lesson(request, plan)) is not None:
+            self.choices.append(lesson)
+        return plan
