@@ -43,7 +43,7 @@ LAYERS = [
 SHARED = {
     "envs": {"base", "kernels", "maps", "scenes"},
     # Parts that planners are put together from; `frugal` is the one that does it.
-    "planners": {"base", "choosing", "replies", "student", "symmetry", "plan_cache", "distilled"},
+    "planners": {"base", "choosing", "hungarian", "replies", "student", "symmetry", "plan_cache", "distilled"},
     "algorithms": {"actor", "base", "decisions"},
 }
 SEVENTH = {

@@ -127,7 +127,7 @@ class GrowingRollouts(Rollouts):
         if watch is not None:
             assert isinstance(self.learner, HiPER)
             told |= self._named(self.learner.update(*watch.finish()))
-            self.planner.forget()
+            watch.renew()
             clock.lap("planner")
         return told
 
@@ -156,7 +156,7 @@ class GrowingRollouts(Rollouts):
             groups = np.arange(W) // group
             told |= self._named(self.learner.macro(decisions, of, watch.scores, groups))
             best = self.learner.pick(watch.scores, groups)
-            self.planner.forget()
+            watch.renew()
             clock.lap("planner")
         if schedule in ("alternate", "executor"):
             mine = worlds.planners[0][1]

@@ -107,6 +107,10 @@ class _Listener:
         self.planner.explore = True
         self.planner.on_choices, self.planner.on_reviews = self.choices.append, self.reviews.append
 
+    def renew(self) -> None:
+        """Let the planner, whose model has learnt, forget its answers and ask again what it was just asked."""
+        self.planner.forget([*(c.places for c in self.choices), *(r.place for r in self.reviews)])
+
     def stop(self) -> None:
         """Let the planner take what it thinks best again."""
         self.planner.explore = False

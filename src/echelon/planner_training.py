@@ -49,7 +49,7 @@ class PlannerConfig:
     """The root seed: it alone decides everything."""
     teacher: str = "hungarian"
     """Who is imitated first: random-task, nearest or hungarian."""
-    imitation: int = 120
+    imitation: int = 100
     """Updates by imitation; 0: none."""
     batch: int = 64
     """Decisions of each of these updates."""
@@ -57,9 +57,9 @@ class PlannerConfig:
     """Scenes in which the teacher is watched, 16 worlds each."""
     algorithm: Literal["himac", "hiper", "none"] = "himac"
     """How the planner goes on: comparing its plans of one task (himac), with critics (hiper), or not at all."""
-    iterations: int = 40
+    iterations: int = 25
     """How often it plays and then learns from that."""
-    scenes: int = 3
+    scenes: int = 9
     """Scenes it plays in each time."""
     worlds: int = 64
     """Worlds of each such scene; himac: a multiple of himac.group."""
@@ -79,9 +79,9 @@ class PlannerConfig:
     """Processor threads; default: all cores. Results don't depend on it."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """What of the model learns."""
-    himac: HiMACConfig = field(default_factory=lambda: HiMACConfig(epochs=2))
+    himac: HiMACConfig = field(default_factory=lambda: HiMACConfig())
     """How himac learns."""
-    hiper: HiPERConfig = field(default_factory=lambda: HiPERConfig(epochs=2, critic_warmup=2))
+    hiper: HiPERConfig = field(default_factory=lambda: HiPERConfig(critic_warmup=2))
     """How hiper learns."""
 
     def __post_init__(self) -> None:
@@ -253,6 +253,8 @@ class PlannerTrainer:
 
     def _begin_reinforcement(self) -> None:
         self.stage, self.step = ("reinforcement", 0) if self.learner is not None else ("done", 0)
+        if self.config.imitation:
+            self.save_planner(self.folder / "imitated")
         self._lessons = None
         self.policy.warm_up(0, 0)
         self.policy.anchor()
@@ -269,7 +271,7 @@ class PlannerTrainer:
         assert self.learner is not None
         parts: list[Decisions] = []
         turns: list[Turns] = []
-        episodes, scores, groups, success, makespan = [], [], [], [], []
+        episodes, scores, groups, success, makespan, asked = [], [], [], [], [], []
         for k in range(c.scenes):
             number = self.step * c.scenes + k
             rng = self._rng(33, number)
@@ -296,6 +298,7 @@ class PlannerTrainer:
                 own, decisions = watch.finish()
                 turns.append(own)
             parts.append(decisions)
+            asked += [*(x.places for x in watch.choices), *(x.place for x in watch.reviews)]
         self._count(parts)
         played = time.perf_counter()
         if isinstance(self.learner, HiMAC):
@@ -304,7 +307,7 @@ class PlannerTrainer:
             )
         else:
             told = self.learner.update(join_turns(turns, [len(p) for p in parts]), Decisions.join(parts))
-        self.planner.forget()
+        self.planner.forget(asked)
         self.step += 1
         if self.step >= c.iterations:
             self.stage = "done"

@@ -187,6 +187,7 @@ class ChoicePolicy:
         self._met: list[list[str]] = []  # questions in the company in which they were met: a resumed run does the same
         self._anchor = {n: p.detach().clone() for n, p in named}
         self._anchored: dict[str, float] = {}
+        self._now: dict[str, float] = {}
         self.updates = self.prompts = self.calls = self.prompt_tokens = 0
         self.seconds = 0.0
         self._check()
@@ -226,6 +227,7 @@ class ChoicePolicy:
                 if saved is None or saved.shape != p.shape:
                     raise EchelonError(f"model {spec}: its adapter isn't one that Echelon can go on training ({name})")
                 p.copy_(saved)
+        self._now.clear()
         self.anchor()
 
     def parameters(self) -> list[Tensor]:
@@ -239,7 +241,13 @@ class ChoicePolicy:
         return [np.full((1, 1), x, np.float32) for x in self.odds(items)]
 
     def odds(self, items: Sequence[str]) -> NDArray[np.float32]:
-        """The log-odds of each question, float32 `(n,)`."""
+        """The log-odds of each question, float32 `(n,)`; each is computed once between two optimiser steps."""
+        fresh = [text for text in dict.fromkeys(items) if text not in self._now]
+        if fresh:
+            self._now.update(zip(fresh, self._odds_of(fresh).tolist(), strict=True))
+        return np.array([self._now[text] for text in items], np.float32)
+
+    def _odds_of(self, items: Sequence[str]) -> NDArray[np.float32]:
         parts = self._cut(items)
 
         def work(part: list[int]) -> NDArray[np.float32]:
@@ -258,7 +266,7 @@ class ChoicePolicy:
         fresh = [text for text in dict.fromkeys(items) if text not in self._anchored]
         if fresh:
             with self._as_anchored():
-                self._anchored.update(zip(fresh, self.odds(fresh).tolist(), strict=True))
+                self._anchored.update(zip(fresh, self._odds_of(fresh).tolist(), strict=True))
         return [np.full((1, 1), self._anchored[text], np.float32) for text in items]
 
     def warm_up(self, update: int, updates: int) -> None:
@@ -272,7 +280,7 @@ class ChoicePolicy:
     def anchor(self) -> None:
         """From now on the reference is the model as it is now."""
         self._anchor = {n: p.detach().clone() for n, p in self._named}
-        self._anchored.clear()
+        self._anchored = dict(self._now)
 
     def backward(self, items: Sequence[str], grads: Sequence[NDArray[np.float32]]) -> None:
         """Add the gradient of the sum of `grads` times the log-odds to the parameters' gradients."""
@@ -299,6 +307,7 @@ class ChoicePolicy:
             raise EchelonError(f"training model {self.name} diverged at update {self.updates}: lower policy.lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._now.clear()
         self.updates += 1
         return norm
 
@@ -343,7 +352,7 @@ class ChoicePolicy:
         state |= {f"anchor.{n}": t.clone() for n, t in self._anchor.items()}
         state["updates"] = torch.tensor(self.updates)
         # Numbers depend in their last bits on what went through beside them: a resumed run meets the same company.
-        met = json.dumps({"met": self._met, "anchored": self._anchored}).encode()
+        met = json.dumps({"met": self._met, "anchored": self._anchored, "now": self._now}).encode()
         state["met"] = torch.from_numpy(np.frombuffer(met, np.uint8).copy())
         for n, p in self._named:
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -370,6 +379,7 @@ class ChoicePolicy:
         self._anchor = {n: state[f"anchor.{n}"].clone() for n, _ in self._named}
         met = json.loads(state["met"].numpy().tobytes())
         self._anchored = {str(text): float(odds) for text, odds in met["anchored"].items()}
+        self._now = {str(text): float(odds) for text, odds in met["now"].items()}
         self._base.clear()
         self._met.clear()
         for texts in met["met"]:
@@ -528,6 +538,7 @@ class ChoicePolicy:
                 )
         del letters, model
         self._base.clear()
+        self._now.clear()
         self._met.clear()
 
 

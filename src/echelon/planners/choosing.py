@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from echelon.envs.base import SubgoalKind
 from echelon.envs.kernels import UNREACHABLE
+from echelon.planners.hungarian import assign
 from echelon.rng import uniform
 from echelon.subgoals import EXCLUSIVE
 
@@ -25,6 +26,7 @@ __all__ = [
     "CONTEXTS",
     "Choices",
     "Reviews",
+    "agree",
     "contexts",
     "draw",
     "draws",
@@ -46,6 +48,7 @@ _NEARER, _GAIN = 3, 5
 CONTEXTS = _NEARER * len(AFTER) * _GAIN
 """Contexts that are told apart."""
 _TOOL = int(SubgoalKind.TOOL)
+_NEVER = np.int64(1) << 40  # what can't be, and, halved, having nothing to do
 _STEPS_BITS, _CONTEXT_BITS, _VERDICT_BITS = 16, 16, 4
 
 
@@ -305,6 +308,51 @@ def join(  # type: ignore[no-untyped-def]
             choice[i, a] = pick
             if pick >= 0 and task[i, a, pick] >= 0 and EXCLUSIVE[kind[i, a, pick]]:
                 taken[i, task[i, a, pick]] = True
+
+
+@numba.njit(cache=True)
+def agree(  # type: ignore[no-untyped-def]
+    who, options, count, logprobs, kind, task, distance, refused, taken, spare, choice
+):
+    """Let the agents `who` choose together: no task twice, as many agents as can be, the greatest sum of `logprobs`.
+
+    That is the most probable of the plans that a team of agents, each of whom draws by its own probabilities, can agree
+    on. Who is left over takes the nearest that nobody was asked about, or waits.
+    """
+    tasks = taken.shape[1]
+    for i in range(who.shape[0]):
+        asking = np.flatnonzero(who[i])
+        n = asking.shape[0]
+        if n == 0:
+            continue
+        # Columns: one a task; then, for each agent, its best option that others may have too, and nothing.
+        cost = np.full((n, tasks + 2 * n), _NEVER, np.int64)
+        pick = np.full((n, tasks + 2 * n), -1, np.int64)
+        for r in range(n):
+            a = asking[r]
+            cost[r, tasks + n + r] = _NEVER // 2
+            for k in range(count[i, a]):
+                c = options[i, a, k]
+                t = task[i, a, c]
+                if t >= 0 and taken[i, t]:
+                    continue
+                column = t if t >= 0 and EXCLUSIVE[kind[i, a, c]] else tasks + r
+                price = np.int64(-logprobs[i, a, k] * 1e6)
+                if price < cost[r, column]:
+                    cost[r, column], pick[r, column] = price, c
+        column = assign(cost)
+        for r in range(n):
+            c = pick[r, column[r]]
+            a = asking[r]
+            choice[i, a] = c
+            if c >= 0 and task[i, a, c] >= 0 and EXCLUSIVE[kind[i, a, c]]:
+                taken[i, task[i, a, c]] = True
+        for a in asking:
+            if choice[i, a] < 0:
+                c = _nearest_left(kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i], spare)
+                choice[i, a] = c
+                if c >= 0 and task[i, a, c] >= 0 and EXCLUSIVE[kind[i, a, c]]:
+                    taken[i, task[i, a, c]] = True
 
 
 @numba.njit(cache=True)

@@ -9,7 +9,7 @@ the way in which a team's choices are joined are our choice; the paper states no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from echelon.planners.choosing import (
     CONTEXTS,
     Choices,
     Reviews,
+    agree,
     contexts,
     draw,
     draws,
@@ -36,9 +37,10 @@ from echelon.planners.choosing import (
     pack,
     spread,
     survey,
+    unpack,
     words_of_context,
 )
-from echelon.subgoals import Plan, PlanRequest, SubgoalKind, Verdict
+from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest, SubgoalKind, Verdict
 
 __all__ = ["LEARNED_PROMPTS", "PROMPTS", "TEMPLATES", "LLMPlanner"]
 
@@ -301,9 +303,21 @@ class LLMPlanner(ModelPlanner):
             odds[:held, :, :most], tokens[:held, :, :most] = self._odds, self._tokens
             self._odds, self._tokens = odds, tokens
 
-    def forget(self) -> None:
-        """Ask everything anew: the model has changed."""
+    def forget(self, again: Sequence[NDArray[np.int64]] = ()) -> None:
+        """Drop all answers, since the model has changed.
+
+        Args:
+            again: places in the table (packed, -1 for none) whose questions are asked anew at once: together they cost
+                a few passes, one after another as plans need them many.
+        """
         self._odds[:] = np.nan
+        places = np.unique(np.concatenate([np.zeros(0, np.int64), *(x.ravel() for x in again)]))
+        fresh = np.array([unpack(place) for place in places[places >= 0].tolist()], np.int64).reshape(-1, 4).T
+        prompts = [ChoicePrompt(self.shared, self.question(*place), ("good", "bad")) for place in fresh.T.tolist()]
+        scores, broken = self._ask(prompts, at_once=True)
+        self.failures += broken is not None
+        self.fresh += len(scores)
+        self._learn_answers(fresh, scores)
 
     def _choose(
         self,
@@ -320,7 +334,9 @@ class LLMPlanner(ModelPlanner):
         unanswered = who & np.isnan(logprobs[..., 0])
         who = who & ~unanswered
         args = (c.kind, c.task, request.distance, request.refused, q.taken, self.spare_tools)
-        if self._rated and (self.explore or self.on_choices is not None):
+        if self.reviews and not self.explore:
+            agree(who, q.options, q.count, logprobs, *args, q.choice)
+        elif self._rated and (self.explore or self.on_choices is not None):
             column, still, logp = np.full(who.shape, -1), np.zeros(q.options.shape, bool), np.zeros(who.shape)
             draw(who, q.options, q.count, logprobs, *args, request.keys, self.explore, q.choice, column, still, logp)
             if self.on_choices is not None:
@@ -347,9 +363,16 @@ class LLMPlanner(ModelPlanner):
         same &= (c.task[at] == plan.task[i, a, None]) & (q.options[i, a] >= 0)
         column = np.full(q.asked.shape, -1)
         column[i, a] = np.where(same.any(1), same.argmax(1), -1)
-        return (
-            self._choices(request, q, column, q.options >= 0, np.zeros(q.asked.shape)) if (column >= 0).any() else None
-        )
+        # What the teacher gave to others wasn't this agent's to choose.
+        given = np.zeros(request.taken.shape, bool)
+        r, b = np.nonzero(request.need & (plan.task >= 0) & EXCLUSIVE[plan.kind])
+        given[r, plan.task[r, b]] = True
+        still = q.options >= 0
+        still[i, a] &= same | ~(given[i[:, None], np.maximum(c.task[at], 0)] & EXCLUSIVE[c.kind[at]])
+        column[still.sum(2) < 2] = -1
+        if (column < 0).all():
+            return None
+        return self._choices(request, q, column, still, np.zeros(q.asked.shape))
 
     def _choices(
         self, request: PlanRequest, q: _Questions, column: NDArray[np.int64], still: NDArray[np.bool_],
@@ -362,12 +385,13 @@ class LLMPlanner(ModelPlanner):
         places = pack(q.row[kinds], request.rejected[i, a].astype(np.int64)[:, None], q.steps[i, a], q.context[i, a])
         return Choices(request.rows[i], a, np.where(options >= 0, places, -1), still[i, a], column[i, a], logp[i, a])
 
-    def _ask(self, prompts: list[ChoicePrompt]) -> tuple[list[ChoiceScores], str | None]:
+    def _ask(self, prompts: list[ChoicePrompt], *, at_once: bool = False) -> tuple[list[ChoiceScores], str | None]:
         """The model's scores up to its first failure, and the reason of that."""
         scores: list[ChoiceScores] = []
-        for at in range(0, len(prompts), _BATCH):
+        batch = len(prompts) if at_once else _BATCH
+        for at in range(0, len(prompts), max(1, batch)):
             self.between(at, len(prompts))
-            some = prompts[at : at + _BATCH]
+            some = prompts[at : at + batch]
             try:
                 answers = self.model.score(some)
                 good = len(answers) == len(some) and all(
