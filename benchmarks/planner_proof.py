@@ -25,11 +25,13 @@ import torch
 from scipy import stats
 
 from echelon._files import atomic_write_json
+from echelon.algorithms.hiper import HiPERConfig
 from echelon.building import build_planner
 from echelon.configs import RunConfig
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig, env_name, make
 from echelon.evaluation.episodes import evaluate
 from echelon.executors import PIBTExecutor
+from echelon.llm.policy import PolicyConfig
 from echelon.planner_training import PlannerConfig, PlannerTrainer, random_scene
 from echelon.planners import make_rule_planner
 from echelon.planners.base import Planner
@@ -47,16 +49,18 @@ RULES = ("random-task", "nearest", "hungarian")
 MODELS = ("untouched", "imitation", "himac", "hiper")
 
 
-def planners(out: Path, seeds: int, iterations: int, imitation: int) -> None:
+def planners(out: Path, seeds: list[int], iterations: int, imitation: int, threads: int | None) -> None:
     """Train what isn't trained yet."""
-    for seed in range(seeds):
-        first = PlannerConfig(seed=seed, imitation=imitation, algorithm="none", iterations=0, threads=2)
+    for seed in seeds:
+        first = PlannerConfig(seed=seed, imitation=imitation, algorithm="none", iterations=0, threads=threads)
         train(first, out / f"imitation-{seed}")
         model = f"hf:{out / f'imitation-{seed}' / 'planner'}"
-        for algorithm, review in (("himac", 0), ("hiper", 10)):
-            config = PlannerConfig(seed=seed, model=model, imitation=0, algorithm=algorithm, iterations=iterations,
-                                   review=review, threads=2)  # type: ignore[arg-type]  # fmt: skip
-            train(config, out / f"{algorithm}-{seed}")
+        common: dict[str, Any] = {"seed": seed, "model": model, "imitation": 0, "iterations": iterations,
+                                  "threads": threads, "policy": PolicyConfig(lr=3e-4)}  # fmt: skip
+        train(PlannerConfig(algorithm="himac", worlds=192, **common), out / f"himac-{seed}")
+        # Critics learn from every turn, which takes longer than comparing episodes: half the worlds.
+        hiper = HiPERConfig(critic_warmup=1, critic_epochs=4)
+        train(PlannerConfig(algorithm="hiper", worlds=96, review=10, hiper=hiper, **common), out / f"hiper-{seed}")
 
 
 def train(config: PlannerConfig, folder: Path) -> None:
@@ -125,7 +129,8 @@ def unseen(out: Path, seeds: int, scenes: int, worlds: int, shipped: str | None 
 def play(env: GridConfig, count: int, seed: int, planner: Planner, review: int) -> tuple[Any, Any]:
     """Every world's first episode under classical executors: success and makespan."""
     worlds = TeamWorlds(make(env_name(env), env, num_envs=count, seed=seed, extra_features=FEATURES),
-                        [(planner, np.ones(count, bool))], SubgoalConfig(review=review), gamma=0.99, seed=seed)  # fmt: skip
+                        [(planner, np.ones(count, bool))], SubgoalConfig(review=review), gamma=0.99,
+                        seed=seed)  # fmt: skip
     executor, e = PIBTExecutor(worlds), worlds.env
     worlds.start()
     running, won, took = np.ones(count, bool), np.zeros(count, bool), np.full(count, e.limit)
@@ -139,6 +144,35 @@ def play(env: GridConfig, count: int, seed: int, planner: Planner, review: int) 
     return won, took
 
 
+def curves(out: Path, seeds: int, steps: int, model: str) -> dict[str, Any]:
+    """Hierarchies that learn at both levels against flat teams: success while they train, and afterwards."""
+    found: dict[str, Any] = {"env": "warehouse 10x10, 2 robots, 3 packages", "steps": steps, "model": model}
+    env = WarehouseConfig(size=10, num_agents=2, num_packages=3)
+    for name in ("flat-mappo", "hiper", "hiper-gae", "flat-grpo", "himac", "l2m2"):
+        cell: dict[str, Any] = {"curve": [], "tsr": [], "makespan": [], "seconds": []}
+        for seed in range(seeds):
+            folder = out / f"curve-{name}-{seed}"
+            run = RunConfig(method=name, env=env, seed=seed, steps=steps, num_envs=64, model=model)
+            if run.learner is not None:
+                run = dataclasses.replace(run, growth=dataclasses.replace(run.growth, warm_start="off"))
+            start = time.time()
+            if not (folder / "config.toml").exists():
+                Trainer(run, folder).run()
+            elif steps_done(folder) < steps:
+                Trainer.resume(folder).run()
+            cell["seconds"].append(time.time() - start)
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            cell["curve"].append([(line["step"], line["tsr"]) for line in lines if line["tsr"] is not None])
+            config, policy = load_policy(folder)
+            results = evaluate(config, policy, episodes=400)
+            assert results is not None
+            cell["tsr"].append(float(results.success.mean()))
+            cell["makespan"].append(float(np.where(results.success, results.steps, 10 * env.size).mean()))
+            print(name, seed, cell["tsr"][-1], round(cell["makespan"][-1], 2), round(cell["seconds"][-1]), flush=True)
+        found[name] = cell
+    return found
+
+
 def compare(a: list[float], b: list[float]) -> dict[str, float]:
     """Paired over seeds: the mean difference, its 95% interval (Student) and the two-sided p."""
     d = np.array(a) - np.array(b)
@@ -147,26 +181,83 @@ def compare(a: list[float], b: list[float]) -> dict[str, float]:
     return {"difference": float(d.mean()), "low": float(d.mean() - half), "high": float(d.mean() + half), "p": p}
 
 
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95% interval (Student) over seeds."""
+    x = np.array(values)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return f"{x.mean():.3f} ± {half:.3f}" if x.mean() < 2 else f"{x.mean():.1f} ± {half:.1f}"
+
+
+def tables(told: dict[str, Any]) -> str:
+    """The figures as Markdown tables."""
+    lines: list[str] = []
+    if "proof" in told:
+        lines += ["## The proof", ""]
+        for world, cells in told["proof"].items():
+            lines += [f"{world}, 20x20, 4 robots:", "", "| planner | TSR | makespan | against `hungarian` |",
+                      "| --- | --- | --- | --- |"]  # fmt: skip
+            best = np.mean(cells["hungarian"]["makespan"])
+            lines += [f"| {name} | {interval(c['tsr'])} | {interval(c['makespan'])} | {np.mean(c['makespan']) / best:.3f} |"
+                      for name, c in cells.items()]  # fmt: skip
+            lines += [""]
+        lines += ["Against imitation, paired over seeds (makespan: less is better):", "",
+                  "| world | learner | TSR | p | makespan | p |", "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        for world, learners in told["against_imitation"].items():
+            for name, d in learners.items():
+                t, m = d["tsr"], d["makespan"]
+                lines += [f"| {world} | {name} | {t['difference']:+.3f} ({t['low']:+.3f} to {t['high']:+.3f}) | {t['p']:.3f} "
+                          f"| {m['difference']:+.2f} ({m['low']:+.2f} to {m['high']:+.2f}) | {m['p']:.3f} |"]  # fmt: skip
+        lines += [""]
+    if "unseen" in told:
+        lines += ["## Unseen maps, sizes and teams", "", "| world | planner | TSR | of hungarian's | makespan | of hungarian's |",
+                  "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        for world, cells in told["unseen"].items():
+            base = cells["hungarian"]
+            names = dict.fromkeys(label.rsplit("-", 1)[0] if label[-1].isdigit() else label for label in cells)
+            for name in names:
+                own = [c for label, c in cells.items() if label == name or label.rsplit("-", 1)[0] == name]
+                t, m = (float(np.mean([np.mean(c[k]) for c in own])) for k in ("tsr", "makespan"))
+                lines += [f"| {world} | {name} | {t:.3f} | {t / np.mean(base['tsr']):.3f} | {m:.1f} "
+                          f"| {m / np.mean(base['makespan']):.3f} |"]  # fmt: skip
+        lines += [""]
+    if "curves" in told:
+        c = told["curves"]
+        lines += ["## Two levels against one", "", f"{c['env']}, {c['steps']:,} steps, 64 worlds:", "",
+                  "| method | TSR at a quarter of the steps | at half | at the end, 400 unseen episodes | makespan | training |",
+                  "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        for name, cell in c.items():
+            if not isinstance(cell, dict):
+                continue
+            parts = [[float(np.mean([t for step, t in curve if abs(step / c["steps"] - at) < 0.13] or [0]))
+                      for curve in cell["curve"]] for at in (0.25, 0.5)]  # fmt: skip
+            lines += [f"| {name} | {interval(parts[0])} | {interval(parts[1])} | {interval(cell['tsr'])} "
+                      f"| {interval(cell['makespan'])} | {np.mean(cell['seconds']):.0f} s |"]  # fmt: skip
+        lines += [""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Do the parts that are asked for, and write what came of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("planners", "proof", "unseen"))
+    parser.add_argument("parts", nargs="*", choices=("planners", "proof", "unseen", "curves"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--imitation", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--imitation", type=int, default=80)
     parser.add_argument("--steps", type=int, default=600_000)
     parser.add_argument("--episodes", type=int, default=400)
     parser.add_argument("--scenes", type=int, default=36)
     parser.add_argument("--worlds", type=int, default=64)
     parser.add_argument("--shipped")
+    parser.add_argument("--train", type=int, nargs="*", help="seeds of the planners to train now; default: all")
+    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
     told = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     told |= {"processor": processor(), "seeds": args.seeds, "iterations": args.iterations, "imitation": args.imitation}
     if "planners" in args.parts:
-        planners(args.out, args.seeds, args.iterations, args.imitation)
+        planners(args.out, args.train or list(range(args.seeds)), args.iterations, args.imitation, args.threads)
     if "proof" in args.parts:
         told["proof"] = proof(args.out, args.seeds, args.steps, args.episodes)
         told["against_imitation"] = {
@@ -176,8 +267,11 @@ def main() -> None:
         }  # fmt: skip
     if "unseen" in args.parts:
         told["unseen"] = unseen(args.out, args.seeds, args.scenes, args.worlds, args.shipped)
+    if "curves" in args.parts:
+        told["curves"] = curves(args.out, args.seeds, 200_000, args.shipped or "smollm2-135m-echelon")
     if args.json:
         atomic_write_json(args.json, told)
+    print(tables(told))
 
 
 if __name__ == "__main__":

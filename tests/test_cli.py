@@ -39,7 +39,7 @@ LEARN = [
     "--algorithm.precision", "float32",
 ]  # fmt: skip
 TINY = ["--steps", "256", *WORLD, *LEARN]
-COMMANDS = ("train", "evaluate", "compare", "replay", "plan", "models", "bench", "check-env")
+COMMANDS = ("train", "train-planner", "evaluate", "compare", "replay", "plan", "models", "bench", "check-env")
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +178,8 @@ MISTAKES = {
     "replay": (["replay", "nothing.json"], "nothing.json: No such file"),
     "models-action": (["models", "lst"], "unknown models action 'lst': did you mean 'list'?"),
     "models-name": (["models", "fetch", "gpt"], "unknown model 'gpt'"),
+    "models-remove": (["models", "remove", "smollm2-135m-echelon"], "is a part of Echelon"),
+    "models-gguf": (["models", "fetch", "smollm2-135m-echelon", "--gguf"], "has no GGUF: use smollm2-135m"),
     "models-check": (["models", "check"], "run: echelon models fetch smollm2-135m"),
     "check-env": (["check-env", "warehose"], "did you mean 'warehouse'?"),
     "check-env-nothing": (["check-env"], "needs an environment's name first: repair, search, warehouse"),
@@ -531,9 +533,13 @@ def test_check_env_passes_a_good_world(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_models_in_an_empty_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Listed as absent with the size of a fetch; there is nothing to remove."""
+    """Listed as absent with the size of a fetch, and the planner that ships; there is nothing to remove."""
     assert main(["models"]) == 0
-    assert re.fullmatch(r"smollm2-135m  absent  93 MB to fetch  Apache-2.0  .*\n", capsys.readouterr().out)
+    model, planner = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"smollm2-135m  absent  93 MB to fetch  Apache-2.0  .*", model)
+    assert re.fullmatch(r"smollm2-135m-echelon  shipped  \d\.\d MB  on smollm2-135m  .*", planner)
+    assert main(["models", "check", "smollm2-135m-echelon"]) == 2
+    assert "run: echelon models fetch smollm2-135m" in capsys.readouterr().err
     assert main(["models", "remove", "smollm2-135m"]) == 0
     assert capsys.readouterr().out == "model smollm2-135m: was not there\n"
 

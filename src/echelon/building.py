@@ -19,11 +19,12 @@ from echelon.configs import RunConfig
 from echelon.envs import env_name, make
 from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
+from echelon.llm import distributed
 from echelon.llm._loading import locate
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel
 from echelon.llm.gguf import GGUFConfig, GGUFModel
-from echelon.llm.policy import ChoicePolicy
+from echelon.llm.policy import ChoicePolicy, LearningChoice
 from echelon.llm.prompts import PromptTemplate
 from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.store import resolve_gguf
@@ -106,7 +107,7 @@ def prompts_of(spec: str, *, learns: bool = False) -> Path:
     return LEARNED_PROMPTS if learns else PROMPTS
 
 
-def save_planner(policy: ChoicePolicy, planner: LLMPlanner, folder: Path) -> None:
+def save_planner(policy: LearningChoice, planner: LLMPlanner, folder: Path) -> None:
     """Write what a planner has learnt, with its templates, into `folder`, fit for `--model hf:<folder>`."""
     policy.save(folder, {name: t.text + "\n" for name, t in zip(TEMPLATES, planner.templates, strict=True)})
 
@@ -115,7 +116,7 @@ def spent_by(config: RunConfig, worlds: TeamWorlds) -> dict[str, float]:
     """What the language model of a run has done so far, in this process: its counters, or nothing without one."""
     for planner, _ in worlds.planners:
         if isinstance(planner, ModelPlanner):
-            if isinstance(planner.model, ChoicePolicy):
+            if isinstance(planner.model, LearningChoice):
                 return planner.model.spent()
             return dict(planner.model.state_dict()) if hasattr(planner.model, "state_dict") else {}
     return dict(model_of(config.model).state_dict()) if method(config.method).executor == "model" else {}
@@ -175,8 +176,12 @@ def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlan
         model: ChoiceModel
         if learns:
             shared = PromptTemplate.from_file(folder / TEMPLATES[0]).render()
-            model = ChoicePolicy.load(spec, shared, config.policy, threads=config.threads or os.cpu_count() or 1,
-                                      seed=config.seed)  # fmt: skip
+            # Under torchrun only the leader comes back from here.
+            model = distributed.shared_policy(
+                lambda: ChoicePolicy.load(
+                    spec, shared, config.policy, threads=config.threads or distributed.cores(), seed=config.seed
+                )
+            )
         else:
             model = model_of(spec)
         planner = LLMPlanner(

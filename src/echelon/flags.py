@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
@@ -110,6 +111,9 @@ def _docstrings(cls: type) -> dict[str, str]:
     return found
 
 
+_NEAR = "Perhaps you meant:"
+
+
 def _one_line(text: str, command: str) -> str:
     """What a box of tyro's says is wrong: the words between its title and the next rule, and the nearest flag."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| \t") for line in text.splitlines()]
@@ -117,8 +121,12 @@ def _one_line(text: str, command: str) -> str:
     # The title is the first line; without Unicode it has a rule of its own below it.
     rest = lines[2:] if lines[1:] and _is_rule(lines[1]) else lines[1:]
     body = " ".join(itertools.takewhile(lambda line: not _is_rule(line), rest))
-    near = next((b.split()[0].rstrip(",") for a, b in itertools.pairwise(lines) if a == "Perhaps you meant:"), "")
-    hint = f"; did you mean {near}?" if near else ""
+    # Of the flags that it names the one most like what was typed: it may name a longer one first.
+    named = itertools.takewhile(lambda line: not _is_rule(line), itertools.dropwhile(lambda x: x != _NEAR, lines))
+    known = [line.split()[0].rstrip(",") for line in named if line.startswith("--")]
+    typed = re.search(r"--[\w.-]+", body)
+    near = difflib.get_close_matches(typed.group() if typed else "", known, n=1, cutoff=0) or known[:1]
+    hint = f"; did you mean {near[0]}?" if near else ""
     return f"{body or 'the flags can not be read'}{hint} (echelon {command} --help)"
 
 

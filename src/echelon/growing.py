@@ -10,8 +10,8 @@ episode's return is what was done less what it took: teams that succeed sooner g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from echelon.algorithms.decisions import Decisions
 from echelon.algorithms.hiper import Turns
 from echelon.planners.base import Planner, StatelessPlanner
 from echelon.planners.choosing import Choices, Reviews, unpack
+from echelon.planners.hungarian import Hungarian
 from echelon.planners.llm import LLMPlanner
 from echelon.rollout import TeamWorlds
 from echelon.subgoals import FEATURES, Plan, PlanRequest, SubgoalTracker
@@ -31,31 +32,30 @@ __all__ = [
     "Lessons",
     "TurnRecorder",
     "decisions_of",
+    "keeping",
+    "targets_of",
     "turn_features",
 ]
 
+_Made = TypeVar("_Made", Choices, Reviews)
 _WORLDS = ("warehouse", "search", "repair")
 _OWN = 6
 FEATURES_OF_A_TURN = FEATURES + _OWN + len(_WORLDS)
 """What critics of a planner see of an agent's turn; the same in every world, whatever its size."""
 
 
-def turn_features(worlds: TeamWorlds, done: NDArray[np.float64]) -> NDArray[np.float32]:
-    """What critics see now, float32 `(W, A, FEATURES_OF_A_TURN)`.
+def turn_features(worlds: TeamWorlds) -> NDArray[np.float32]:
+    """What critics see now in `worlds`, a team with subgoals, float32 `(W, A, FEATURES_OF_A_TURN)`.
 
     The subgoal in flight as executors see it; time left, and what is left to do, also for each agent; the share of the
     team that has nothing to do; whether the agent carries something; agents (in sixteenths); and which world it is.
-
-    Args:
-        worlds: a team with subgoals.
-        done: float64 `(W,)`, the task reward of the episode so far.
     """
     env, tracker = worlds.env, worlds.tracker
     assert tracker is not None
     out = np.zeros((env.num_envs, env.num_agents, FEATURES_OF_A_TURN), np.float32)
     out[..., :FEATURES] = tracker.features * SubgoalTracker.scale
     left = 1 - env.steps / env.limit
-    undone = 1 - done / env.goals
+    undone = 1 - worlds.task_return / env.goals
     out[..., FEATURES] = left[:, None]
     out[..., FEATURES + 1] = undone[:, None]
     out[..., FEATURES + 2] = (undone * env.goals / env.num_agents / 4)[:, None]
@@ -93,6 +93,41 @@ def decisions_of(planner: LLMPlanner, choices: Sequence[Choices], reviews: Seque
     )  # fmt: skip
 
 
+def targets_of(choices: Sequence[Choices], width: int, *, softness: float) -> NDArray[np.int64] | NDArray[np.float32]:
+    """What imitation aims at: the chosen columns, int64 `(n,)`, or, where the teacher tells how much it likes each
+    option, probabilities float32 `(n, width)`, proportional to exp(liking / softness) among the open ones.
+
+    Candidates that are nearly as good are then nearly as probable: what a model learns of a candidate is its cost, and
+    not only that it is the least.
+    """
+    if not choices or any(c.liking is None for c in choices) or not softness:
+        return np.concatenate([np.zeros(0, np.int64), *(c.column for c in choices)])
+    parts = []
+    for c in choices:
+        assert c.liking is not None
+        liking = np.where(c.open, c.liking, -np.inf) / softness
+        weight = np.exp(liking - liking.max(1, keepdims=True))
+        weight /= weight.sum(1, keepdims=True)
+        parts.append(np.pad(weight, ((0, 0), (0, width - weight.shape[1]))).astype(np.float32))
+    return np.concatenate(parts)
+
+
+def keeping(planner: LLMPlanner, choices: Sequence[Choices], targets: NDArray[Any]) -> tuple[Decisions, NDArray[Any]]:
+    """Lessons with `targets`, and every fourth once more, to keep what was chosen: no teacher takes it back."""
+    reviews = []
+    for c in choices:
+        chosen = np.take_along_axis(c.places, c.column[:, None], 1)[::4, 0]
+        n = len(chosen)
+        reviews.append(Reviews(c.world[::4], c.agent[::4], planner.going_on(chosen), np.zeros(n, bool), np.zeros(n)))
+    count = sum(len(r.place) for r in reviews)
+    if targets.ndim == 1:
+        more = np.zeros(count, targets.dtype)
+    else:
+        more = np.zeros((count, targets.shape[1]), targets.dtype)
+        more[:, 0] = 1
+    return decisions_of(planner, choices, reviews), np.concatenate([targets, more])
+
+
 class _Listener:
     """Hears what a planner decides, while it explores."""
 
@@ -124,11 +159,16 @@ class TurnRecorder(_Listener):
     end of the episode; turns that were under way when recording began are left out.
     """
 
+    def __init__(self, worlds: TeamWorlds, planner: LLMPlanner, gamma: float = 1.0) -> None:
+        """Record what `planner` does in `worlds`; a turn's rewards are discounted to its first step by `gamma`."""
+        super().__init__(worlds, planner)
+        self.gamma = gamma
+
     def begin(self) -> None:
         """Record from here on."""
         self.listen()
         W, A = self.worlds.env.num_envs, self.worlds.env.num_agents
-        self._sums = np.zeros(W)
+        self._before = turn_features(self.worlds)
         self._turn = np.full((W, A), -1, np.int64)  # the number of the turn under way
         self._path = np.full((W, A), -1, np.int64)  # … of the trajectory
         self._heard = [0, 0]
@@ -143,17 +183,15 @@ class TurnRecorder(_Listener):
     def acted(self) -> None:
         """After `worlds.advance`: what the step brought, and how things stand."""
         env = self.worlds.env
-        self._sums += env.reward
-        self._before = turn_features(self.worlds, self._sums)
+        self._before = turn_features(self.worlds)
         reward = env.reward / env.goals - 1 / env.limit
         w, a = np.nonzero(self._turn >= 0)
         turn = self._turn[w, a]
-        self._gained[turn] += reward[w]
+        self._gained[turn] += self.gamma ** self._took[turn] * reward[w]
         self._took[turn] += 1
         ended = env.terminated | env.truncated
         if ended.any():
             self._close(w[ended[w]], a[ended[w]], self._before, env.terminated)
-            self._sums[ended] = 0
 
     def _close(
         self, w: NDArray[np.int64], a: NDArray[np.int64], seen: NDArray[np.float32], done: NDArray[np.bool_]
@@ -167,7 +205,7 @@ class TurnRecorder(_Listener):
         """After `worlds.settle`: who begins a turn."""
         worlds, (W, A) = self.worlds, self._turn.shape
         assert worlds.tracker is not None
-        after = turn_features(worlds, self._sums)
+        after = turn_features(worlds)
         choice, review = np.full((W, A), -1, np.int64), np.full((W, A), -1, np.int64)
         row = sum(len(c.world) for c in self.choices[: self._heard[0]])
         for c in self.choices[self._heard[0] :]:
@@ -201,7 +239,10 @@ class TurnRecorder(_Listener):
         """Stop recording: the turns, and the decisions that they name."""
         self.stop()
         w, a = np.nonzero(self._turn >= 0)
-        now = turn_features(self.worlds, self._sums)
+        now = turn_features(self.worlds)
+        # Who was given something just now: the state in which that was decided, as at the end of every other turn.
+        fresh = self._took[self._turn[w, a]] == 0
+        now[w[fresh], a[fresh]] = self._before[w[fresh], a[fresh]]
         self._close(w, a, now, np.zeros(self._turn.shape[0], bool))
         decisions = decisions_of(self.planner, self.choices, self.reviews)
         chosen = sum(len(c.world) for c in self.choices)
@@ -209,7 +250,7 @@ class TurnRecorder(_Listener):
             none = np.zeros(0, np.int64)
             empty = np.zeros((0, FEATURES_OF_A_TURN), np.float32)
             flat = none.astype(np.float32)
-            return Turns(none, flat, none > 0, none > 0, empty, empty, empty, none, none), decisions
+            return Turns(none, flat, none > 0, none > 0, empty, empty, empty, none, none, none), decisions
         path, given, before, after, choice, review = (np.concatenate(x) for x in zip(*self._started, strict=True))
         n = self._count
         took = self._took[:n]
@@ -229,8 +270,20 @@ class TurnRecorder(_Listener):
         ), decisions  # fmt: skip
 
 
+def _some(made: _Made, which: NDArray[np.bool_]) -> _Made:
+    """Some of what was decided."""
+    values = (getattr(made, f.name) for f in fields(made))
+    some: list[Any] = [None if x is None else x[which] for x in values]
+    return type(made)(*some)
+
+
 class EpisodeRecorder(_Listener):
     """The first episode of each world after `begin`: what was decided, what came of it, and who was given what."""
+
+    def __init__(self, worlds: TeamWorlds, planner: LLMPlanner, *, rest: bool = True) -> None:
+        """Record what `planner` does in `worlds`; nobody plans for worlds whose episode is over, if they `rest`."""
+        super().__init__(worlds, planner)
+        self.rest = rest
 
     def begin(self) -> None:
         """Record from here on; worlds must begin their episodes now, with `worlds.begin_together`, after this."""
@@ -239,13 +292,18 @@ class EpisodeRecorder(_Listener):
         self.scores = np.zeros(W, np.float32)
         self.running = np.ones(W, bool)
         self.blueprint: list[list[list[tuple[int, int]]]] = [[[] for _ in range(A)] for _ in range(W)]
-        self.worlds.active = self.running
+        # Where worlds go on, what is decided in their next episodes isn't this one's.
+        self.planner.on_choices = lambda c: self.choices.append(_some(c, self.running[c.world]))
+        self.planner.on_reviews = lambda r: self.reviews.append(_some(r, self.running[r.world]))
 
     def given(self) -> None:
-        """Note who was given what just now; after `begin_together` and after each `settle`."""
+        """Note who was given what just now; after `begin_together` and after each `settle`.
+
+        Waits too: who waited since others had all that was open would else take what was to be theirs.
+        """
         tracker = self.worlds.tracker
         assert tracker is not None
-        new = (tracker.age == 0) & (tracker.kind > 0) & self.running[:, None]
+        new = (tracker.age == 0) & (tracker.kind >= 0) & self.running[:, None]
         for w, a in zip(*(x.tolist() for x in np.nonzero(new)), strict=True):
             self.blueprint[w][a].append((int(tracker.kind[w, a]), int(tracker.task[w, a])))
 
@@ -254,8 +312,8 @@ class EpisodeRecorder(_Listener):
         env = self.worlds.env
         self.scores[self.running] += (env.reward / env.goals - 1 / env.limit)[self.running]
         self.running &= ~(env.terminated | env.truncated)
-        # A world whose episode is over goes on, but nobody plans for it.
-        self.worlds.active = self.running.copy()
+        if self.rest:
+            self.worlds.active = self.running.copy()
 
     def settled(self, ended: NDArray[np.bool_]) -> None:
         """After `worlds.settle`."""
@@ -338,6 +396,7 @@ class Lessons(StatelessPlanner):
     def plan(self, request: PlanRequest) -> Plan:
         """The teacher's plan."""
         plan = self.teacher.plan(request)
-        if (lesson := self.learner.lesson(request, plan)) is not None:
+        preference = self.teacher.preference(request) if isinstance(self.teacher, Hungarian) else None
+        if (lesson := self.learner.lesson(request, plan, preference)) is not None:
             self.choices.append(lesson)
         return plan

@@ -26,7 +26,16 @@ from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, sav
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig, env_name, make
 from echelon.errors import EchelonError
 from echelon.executors import PIBTExecutor
-from echelon.growing import FEATURES_OF_A_TURN, EpisodeRecorder, Lessons, TurnRecorder, decisions_of
+from echelon.growing import (
+    FEATURES_OF_A_TURN,
+    EpisodeRecorder,
+    Lessons,
+    TurnRecorder,
+    decisions_of,
+    keeping,
+    targets_of,
+)
+from echelon.llm.distributed import cores, shared_policy
 from echelon.llm.policy import ChoicePolicy, PolicyConfig
 from echelon.llm.prompts import PromptTemplate
 from echelon.planners import make_rule_planner
@@ -49,11 +58,13 @@ class PlannerConfig:
     """The root seed: it alone decides everything."""
     teacher: str = "hungarian"
     """Who is imitated first: random-task, nearest or hungarian."""
-    imitation: int = 100
+    imitation: int = 80
     """Updates by imitation; 0: none."""
+    softness: float = 0.5
+    """Steps by which two of the teacher's options may differ and still be nearly as good; 0: only the best counts."""
     batch: int = 64
     """Decisions of each of these updates."""
-    lessons: int = 48
+    lessons: int = 36
     """Scenes in which the teacher is watched, 16 worlds each."""
     algorithm: Literal["himac", "hiper", "none"] = "himac"
     """How the planner goes on: comparing its plans of one task (himac), with critics (hiper), or not at all."""
@@ -88,6 +99,7 @@ class PlannerConfig:
         for name, good, need in (
             ("seed", self.seed >= 0, "at least 0"),
             ("imitation", self.imitation >= 0, "at least 0"),
+            ("softness", self.softness >= 0, "at least 0"),
             ("batch", self.batch >= 1, "at least 1"),
             ("lessons", self.lessons >= 1, "at least 1"),
             ("iterations", self.iterations >= 0, "at least 0"),
@@ -174,7 +186,12 @@ class PlannerTrainer:
                 raise EchelonError(f"{folder} holds a training with other settings: choose another --out")
         checkpoint = load_checkpoint(saved[-1]) if saved else None
         shared = PromptTemplate.from_file(LEARNED_PROMPTS / TEMPLATES[0]).render()
-        self.policy = ChoicePolicy.load(config.model, shared, config.policy, threads=config.threads, seed=config.seed)
+        # Under torchrun only the leader comes back from here.
+        self.policy = shared_policy(
+            lambda: ChoicePolicy.load(
+                config.model, shared, config.policy, threads=config.threads or cores(), seed=config.seed
+            )
+        )
         self.planner = LLMPlanner(self.policy, folder=LEARNED_PROMPTS)
         self.learner: HiMAC | HiPER | None = None
         if config.algorithm == "himac":
@@ -234,7 +251,7 @@ class PlannerTrainer:
         self.policy.warm_up(self.step, c.imitation)
         key = int(spawn_keys(c.seed, (31,), 1)[0])
         epochs = -(-c.imitation // -(-len(lessons) // c.batch))
-        told = imitate(self.policy, lessons, lessons.chosen, batch=c.batch, epochs=epochs, key=key,
+        told = imitate(self.policy, lessons, self._targets, batch=c.batch, epochs=epochs, key=key,
                        first=self.step, last=self.step + 1)  # fmt: skip
         self.step += 1
         return {"stage": "imitation", "step": self.step, **told[0]}
@@ -242,6 +259,7 @@ class PlannerTrainer:
     def _watch_teacher(self) -> Decisions:
         """What the teacher chose in many scenes."""
         c, choices = self.config, []
+        self.steps_played = 0  # a training that goes on watches once more
         for k in range(c.lessons):
             rng = self._rng(32, k)
             lessons = Lessons(make_rule_planner(c.teacher), self.planner)
@@ -249,6 +267,10 @@ class PlannerTrainer:
             worlds.start()
             self._play(worlds, lambda: None, lambda ended: None)
             choices += lessons.choices
+        self._targets = targets_of(choices, self.planner.max_options, softness=c.softness)
+        if c.review:
+            decisions, self._targets = keeping(self.planner, choices, self._targets)
+            return decisions
         return decisions_of(self.planner, choices, [])
 
     def _begin_reinforcement(self) -> None:
@@ -277,7 +299,9 @@ class PlannerTrainer:
             rng = self._rng(33, number)
             worlds = self._worlds(random_scene(number, c, rng), c.worlds, rng, self.planner)
             watch = (
-                EpisodeRecorder(worlds, self.planner) if c.algorithm == "himac" else TurnRecorder(worlds, self.planner)
+                EpisodeRecorder(worlds, self.planner)
+                if c.algorithm == "himac"
+                else TurnRecorder(worlds, self.planner, c.hiper.gamma)
             )
             watch.begin()
             if isinstance(watch, EpisodeRecorder):

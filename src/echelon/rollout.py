@@ -227,6 +227,11 @@ class TeamWorlds:
         e.intrinsic_return += float(intrinsic)
         e.collisions += int(collisions)
 
+    @property
+    def task_return(self) -> NDArray[np.float64]:
+        """The task reward of each world's episode so far, float64 `(W,)`."""
+        return np.asarray(self._sums[0])
+
     def take_episodes(self) -> Episodes:
         """The sums over episodes that finished since the last call."""
         taken, self.episodes = self.episodes, Episodes()

@@ -7,10 +7,12 @@ from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedTex
 from echelon.llm.causal_text import CausalTextModel
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel, ChoicePrompt, ChoiceScores
 from echelon.llm.gguf import GGUFConfig, GGUFModel
+from echelon.llm.policy import ChoicePolicy, LearningChoice, PolicyConfig, PolicyModel
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, clean, lines, option_lines
 from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.store import KNOWN_MODELS, CheckReport, KnownModel, ModelStatus, ModelStore, resolve, resolve_gguf
 from echelon.llm.text import TextModel, TextPrompt, TextReply
+from echelon.llm.token_policy import TokenPolicy, TokenPrompt, TokenSample
 
 __all__ = [
     "KNOWN_MODELS",
@@ -24,19 +26,26 @@ __all__ = [
     "CausalTextModel",
     "CheckReport",
     "ChoiceModel",
+    "ChoicePolicy",
     "ChoicePrompt",
     "ChoiceScores",
     "GGUFConfig",
     "GGUFModel",
     "KnownModel",
+    "LearningChoice",
     "ModelStatus",
     "ModelStore",
+    "PolicyConfig",
+    "PolicyModel",
     "PromptTemplate",
     "ServerConfig",
     "ServerModel",
     "TextModel",
     "TextPrompt",
     "TextReply",
+    "TokenPolicy",
+    "TokenPrompt",
+    "TokenSample",
     "clean",
     "lines",
     "option_lines",

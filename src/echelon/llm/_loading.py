@@ -13,7 +13,7 @@ import torch
 from echelon._files import read_json
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm._optional import quiet_transformers, require
-from echelon.llm.store import ModelStore, resolve
+from echelon.llm.store import SHIPPED_PLANNERS, ModelStore, resolve
 
 __all__ = ["Device", "Dtype", "LoadedModel", "base_of", "load_causal", "locate"]
 
@@ -75,7 +75,8 @@ def locate(spec: str, store: ModelStore | None = None) -> Path:
     """The folder of a model's checkpoint or LoRA adapter.
 
     Args:
-        spec: a known model's name (`smollm2-135m`); `hf:<folder>`, a folder that holds a causal language model as
+        spec: a known model's name (`smollm2-135m`) or a shipped planner's (`smollm2-135m-echelon`, the folder of its
+            adapter in this installation); `hf:<folder>`, a folder that holds a causal language model as
             transformers saves it (config.json, tokenizer and *.safetensors) or a LoRA adapter as PEFT saves it
             (adapter_config.json, adapter_model.safetensors); or `hf:<org>/<name>`, the same on the Hugging Face hub.
             A folder of that name goes first. What the hub's cache on this machine holds whole is used as it is,
@@ -87,6 +88,8 @@ def locate(spec: str, store: ModelStore | None = None) -> Path:
         EchelonError: an unknown name, a model that isn't fetched or is damaged, a folder without a model, a hub that
             doesn't have it or doesn't answer within seconds.
     """
+    if spec in SHIPPED_PLANNERS:
+        return SHIPPED_PLANNERS[spec].folder
     if not spec.startswith("hf:"):
         return resolve(spec, store)
     name = spec.removeprefix("hf:")
@@ -182,7 +185,7 @@ def _load_adapter(
     folder: Path, spec: str, store: ModelStore | None, dtype: torch.dtype, device: torch.device
 ) -> LoadedModel:
     """The base model with a LoRA adapter added to its weights, so that it costs what the base costs."""
-    base_spec, _ = base_of(folder, spec, store)
+    base_spec = base_of(folder, spec, store)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise EchelonError(
@@ -208,8 +211,8 @@ def _load_adapter(
     return LoadedModel(model, tokenizer)
 
 
-def base_of(folder: Path, spec: str, store: ModelStore | None) -> tuple[str, dict[str, Any]]:
-    """The base model of a LoRA adapter, as a spec, and the adapter's settings.
+def base_of(folder: Path, spec: str, store: ModelStore | None) -> str:
+    """The base model of a LoRA adapter, as a spec.
 
     Raises:
         EchelonError: another kind of adapter, or an unknown base model.
@@ -218,7 +221,7 @@ def base_of(folder: Path, spec: str, store: ModelStore | None) -> tuple[str, dic
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise EchelonError(f"model {spec}: its adapter is of kind {kind!r}, and only LORA can be used")
-    return _base(settings.get("base_model_name_or_path"), folder, spec, store), settings
+    return _base(settings.get("base_model_name_or_path"), folder, spec, store)
 
 
 def _base(name: object, folder: Path, spec: str, store: ModelStore | None) -> str:

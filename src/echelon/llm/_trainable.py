@@ -14,17 +14,20 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from echelon._files import atomic_directory, atomic_write_json, read_json
+from echelon._files import atomic_directory, atomic_write_json, atomic_write_text
 from echelon.errors import EchelonError, unknown_name
-from echelon.llm._loading import Device, Dtype, LoadedModel, _base, _device, _dtype, load_causal, locate
+from echelon.llm._loading import Device, Dtype, LoadedModel, _device, _dtype, base_of, load_causal, locate
 from echelon.llm._optional import quiet_transformers, require
 from echelon.llm.store import ModelStore
 
-__all__ = ["Adapt", "Trainable"]
+__all__ = ["Adapt", "Trainable", "compute_again"]
 
 Adapt = Literal["lora", "full"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+# Calls a function now and once more in the backward pass, instead of keeping what that needs; nothing here is random.
+compute_again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Trainable:
@@ -161,20 +164,57 @@ class Trainable:
         """The model to run inside the block, as it is or as the reference, with a gradient or without."""
         with contextlib.ExitStack() as stack:
             if reference:
-                stack.enter_context(self._as_reference())
-            stack.enter_context(torch.set_grad_enabled(grad))
+                stack.enter_context(self.as_reference())
             # Behind the reference: autocast keeps the casts of the weights that it met until the block ends.
-            if self._autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, self._autocast))
+            stack.enter_context(self.computing(grad))
             if grad:
                 stack.enter_context(self._checkpointed())
             yield self.model
+
+    @contextlib.contextmanager
+    def computing(self, grad: bool = False) -> Iterator[None]:
+        """Inside the block products are computed in the wanted dtype, with a gradient or without.
+
+        That part of `running` which holds for the calling thread alone: who runs layers in several calls it in each.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            if self._autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, self._autocast))
+            yield
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside the block the model is its reference, for all threads; without a gradient."""
+        if self._anchor is None:
+            with self._peft.disable_adapter():
+                yield
+            return
+        own = [p.data for p in self.named.values()]
+        try:
+            for name, p in self.named.items():
+                p.data = self._anchor[name]
+            yield
+        finally:
+            for p, data in zip(self.named.values(), own, strict=True):
+                p.data = data
 
     def anchor(self) -> None:
         """From now on the reference is the model as it is now (after imitation, say); a copy of what learns."""
         self._anchor = {name: p.detach().clone() for name, p in self.named.items()}
 
     # -- learning ------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """AdamW's step size; it is a setting, and no part of the state."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = lr
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
     def step(self) -> float:
         """Clip the gradients, one step of AdamW, clear them; the norm before clipping (0 without gradients).
@@ -202,11 +242,12 @@ class Trainable:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state_dict` gave; gradients are cleared.
+        """Put back what `state_dict` gave; gradients are cleared, and what other processes had is left out.
 
         Raises:
             EchelonError: it is of another model or of other settings; nothing has changed then.
         """
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("rank")}  # see `distributed`
         anchored = any(key.startswith("anchor.") for key in state)
         wanted = {"updates": torch.Size([])}
         for name, p in self.named.items():
@@ -234,18 +275,21 @@ class Trainable:
             self._anchor = {name: state[f"anchor.{name}"].to(p.device, copy=True) for name, p in self.named.items()}
         self.updates = int(state["updates"])
 
-    def save(self, folder: Path, *, base: str | None = None) -> None:
+    def save(self, folder: Path, files: Mapping[str, str] | None = None, *, base: str | None = None) -> None:
         """Write what was learnt into `folder`, whole or not at all, fit for `hf:<folder>`.
 
         Args:
             folder: gets a LoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors), float32; or,
                 of full weights, the whole model in float32 with its tokenizer.
+            files: more text files for it, by name.
             base: what the adapter calls its base model; default: what was loaded, a folder by its absolute path.
 
         Raises:
             EchelonError: the place can't be written.
         """
         with atomic_directory(folder) as temp, quiet_transformers():
+            for name, text in (files or {}).items():
+                atomic_write_text(temp / name, text)
             if self._peft is None:
                 self.model.save_pretrained(temp)
                 self.tokenizer.save_pretrained(temp)
@@ -303,27 +347,11 @@ class Trainable:
         return torch.optim.AdamW(self.named.values(), lr=self._lr, weight_decay=0.0, fused=True)
 
     @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        if self._anchor is None:
-            with self._peft.disable_adapter():
-                yield
-            return
-        own = [p.data for p in self.named.values()]
-        try:
-            for name, p in self.named.items():
-                p.data = self._anchor[name]
-            yield
-        finally:
-            for p, data in zip(self.named.values(), own, strict=True):
-                p.data = data
-
-    @contextlib.contextmanager
     def _checkpointed(self) -> Iterator[None]:
         # Set here, layer by layer: the model's own switch would also ask for the gradients of the embeddings, and so
         # for passes back through layers that don't learn; and "training" would bring dropout, were it for the parts.
-        again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in self._layers:
-            layer._gradient_checkpointing_func = again
+            layer._gradient_checkpointing_func = compute_again
             layer.training = layer.gradient_checkpointing = True
         try:
             yield
@@ -349,11 +377,7 @@ def _base_name(spec: str) -> str:
 
 def _read_adapter(folder: Path, spec: str, store: ModelStore | None) -> tuple[str, Any, dict[str, Tensor]]:
     """The spec of an adapter's base model, its configuration, ready to learn, and its tensors."""
-    settings = read_json(folder / "adapter_config.json", "adapter's configuration")
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != "LORA":
-        raise EchelonError(f"model {spec}: its adapter is of kind {kind!r}, and only LORA can be used")
-    base = _base(settings.get("base_model_name_or_path"), folder, spec, store)
+    base = base_of(folder, spec, store)
     try:
         config = require("peft").LoraConfig.from_pretrained(folder)
         weights = require("safetensors.torch").load_file(folder / "adapter_model.safetensors")

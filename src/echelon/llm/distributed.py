@@ -1,6 +1,10 @@
 """One policy on several processors or GPUs: rank 0 runs the program, the others do a share of the model's work.
 
-    torchrun --nproc-per-node 2 program.py
+    torchrun --nproc-per-node 2 -m echelon train-planner ...
+
+    policy = shared_policy(lambda: ChoicePolicy.load(...))   # behind this line there is the leader alone
+
+or, piece by piece, for any `PolicyModel`:
 
     with distributed.joined():                        # does nothing without torchrun
         policy = TokenPolicy.load(...)                # a replica on every rank
@@ -10,10 +14,10 @@
             with ShardedPolicy(policy) as shared:     # a PolicyModel like `policy`
                 ...
 
-Items are split over the ranks, and gradients are added up over them before each step (data parallelism), so all
-replicas stay equal, and the result is one process's up to the order of float sums. We don't use torch's
-DistributedDataParallel: it wants one forward and backward pass of the same shape on every rank, and learners here go
-through any number of micro-batches between two steps.
+Items are split over the ranks, a question always to the same one, and gradients are added up over them before each step
+(data parallelism), so all replicas stay equal, and the result is one process's up to the order of float sums. We don't
+use torch's DistributedDataParallel: it wants one forward and backward pass of the same shape on every rank, and
+learners here go through any number of micro-batches between two steps.
 
 Commands and results travel between the ranks as pickles, over gloo. Whoever can reach the rendezvous port of torchrun
 can make the ranks run code: keep it on one machine or inside a trusted network.
@@ -21,12 +25,17 @@ can make the ranks run code: keep it on one machine or inside a trusted network.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import hashlib
 import math
 import os
+import signal
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,14 +45,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echelon.errors import EchelonError
-from echelon.llm.policy import PolicyModel
+from echelon.llm.choice import ChoicePrompt, ChoiceScores
+from echelon.llm.policy import ChoicePolicy, LearningChoice, PolicyModel
 
-__all__ = ["Replica", "ShardedPolicy", "close", "init_from_env", "is_leader", "joined", "rank", "serve", "world"]
+__all__ = [
+    "Replica",
+    "ShardedChoicePolicy",
+    "ShardedPolicy",
+    "close",
+    "cores",
+    "init_from_env",
+    "is_leader",
+    "joined",
+    "rank",
+    "serve",
+    "shared_policy",
+    "world",
+]
 
 _FOREVER = datetime.timedelta(days=365)
 _BUCKET = 1 << 24  # numbers of gradients that go through one all-reduce
 
 _control: Any = None  # the group for commands; gloo, whatever the gradients travel over
+_shared = False  # whether this process has given its policy to `shared_policy`
 
 
 class Replica(PolicyModel, Protocol):
@@ -51,6 +75,10 @@ class Replica(PolicyModel, Protocol):
 
     def parameters(self) -> list[Tensor]:
         """What learns, in the same order on every rank."""
+        ...
+
+    def anchor(self) -> None:
+        """From now on the reference is the model as it is now."""
         ...
 
 
@@ -123,6 +151,45 @@ def is_leader() -> bool:
     return rank() == 0
 
 
+def cores() -> int:
+    """How many of this machine's processor cores this process should use: its part, where torchrun started several."""
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, (os.cpu_count() or 1) // max(1, int(beside) if beside.isdigit() else 1))
+
+
+def shared_policy(load: Callable[[], ChoicePolicy], *, timeout: float = 1800.0) -> LearningChoice:
+    """Load a policy that all processes of torchrun share; without torchrun it is simply loaded.
+
+    To be called once in a program that all processes run up to here with the same arguments. The leader returns, and
+    goes on alone; the others do their share of the model's work until the leader's program ends, and end with it. They
+    leave Ctrl-C and SIGTERM to the leader, which may have a checkpoint to write.
+
+    Args:
+        load: loads this process's replica; called when the process has its GPU.
+        timeout: as for `init_from_env`.
+
+    Raises:
+        EchelonError: what `load` raises; the processes don't find each other; a second policy; in a process that
+            served, that the leader is gone.
+        SystemExit: in a process that has served, when the leader is done.
+    """
+    global _shared
+    if not init_from_env(timeout=timeout):
+        return load()
+    if _shared:
+        raise EchelonError("the processes of torchrun share one policy: train one planner in a program")
+    _shared = True
+    atexit.register(close)
+    if is_leader():
+        policy = ShardedChoicePolicy(load())
+        atexit.register(policy.close)  # the last one registered goes first
+        return policy
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    serve(load())
+    raise SystemExit(0)
+
+
 # -- the leader --------------------------------------------------------------------------------
 
 
@@ -151,7 +218,7 @@ class ShardedPolicy:
             self._ask("load_state_dict", [(state,)] * world())
 
     def evaluate(self, items: Sequence[Any]) -> list[NDArray[np.float32]]:
-        """As the policy's own, item i by rank i modulo the number of ranks."""
+        """As the policy's own, each rank some of the items."""
         return self._numbers("evaluate", items)
 
     def reference(self, items: Sequence[Any]) -> list[NDArray[np.float32]]:
@@ -175,7 +242,7 @@ class ShardedPolicy:
         """As the policy's own; each rank keeps the gradients of its items until `step`."""
         if len(items) != len(grads):
             raise ValueError(f"{len(items)} items and {len(grads)} gradients")
-        self._ask("backward", [(items[r :: world()], grads[r :: world()]) for r in range(world())])
+        self._ask("backward", [([items[i] for i in p], [grads[i] for i in p]) for p in _places(items)])
 
     def step(self) -> float:
         """Add up the ranks' gradients, then one step on each.
@@ -193,16 +260,29 @@ class ShardedPolicy:
         return self.policy.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As the policy's own; that of every replica."""
-        return self.policy.state_dict()
+        """The leader's own, and as `rank1.…` what another rank has otherwise, such as the questions that it met.
+
+        A single process leaves the latter out when it loads such a state, and so do fewer ranks.
+        """
+        state = self.policy.state_dict()
+        if world() > 1:
+            known = {name: _digest(tensor) for name, tensor in state.items()}
+            for r, others in enumerate(self._ask("state_dict", [(known,)] * world())):
+                state |= {f"rank{r}.{name}": tensor for name, tensor in others.items() if r}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """As the policy's own, on every rank."""
-        self._ask("load_state_dict", [({name: tensor.cpu() for name, tensor in state.items()},)] * world())
+        shares = []
+        for r in range(world()):
+            own, others = f"rank{r}.", [name for name in state if name.startswith("rank")]
+            share = {name: tensor.cpu() for name, tensor in state.items() if name not in others}
+            shares.append((share | {n.removeprefix(own): state[n].cpu() for n in others if n.startswith(own)},))
+        self._ask("load_state_dict", shares)
 
-    def call(self, method: str) -> None:
-        """Call a method of the policy without arguments on every rank (`anchor`, say)."""
-        self._ask(method, [()] * world())
+    def anchor(self) -> None:
+        """As the policy's own, on every rank."""
+        self._ask("anchor", [()] * world())
 
     def close(self) -> None:
         """Let the other ranks return from `serve`."""
@@ -218,10 +298,12 @@ class ShardedPolicy:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _numbers(self, method: str, items: Sequence[Any]) -> list[NDArray[np.float32]]:
+    def _numbers(self, method: str, items: Sequence[Any]) -> list[Any]:
         found: list[Any] = [None] * len(items)
-        for r, part in enumerate(self._ask(method, [(items[r :: world()],) for r in range(world())])):
-            found[r :: world()] = part
+        places = _places(items)
+        for own, part in zip(places, self._ask(method, [([items[i] for i in p],) for p in places]), strict=True):
+            for i, numbers in zip(own, part, strict=True):
+                found[i] = numbers
         return found
 
     def _ask(self, method: str, shares: Sequence[tuple[Any, ...]], **settings: Sequence[Any]) -> list[Any]:
@@ -258,6 +340,60 @@ class ShardedPolicy:
         return results
 
 
+class ShardedChoicePolicy(ShardedPolicy):
+    """A `ChoicePolicy` whose work all ranks share: whoever plans with it or trains it needn't know."""
+
+    policy: ChoicePolicy
+
+    def __init__(self, policy: ChoicePolicy) -> None:
+        """As `ShardedPolicy`."""
+        super().__init__(policy)
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.policy.name
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps taken."""
+        return self.policy.updates
+
+    def odds(self, items: Sequence[str]) -> NDArray[np.float32]:
+        """As `ChoicePolicy.odds`."""
+        return np.array(self._numbers("odds", items), np.float32)
+
+    def score(self, prompts: Sequence[ChoicePrompt]) -> list[ChoiceScores]:
+        """As `ChoicePolicy.score`."""
+        return self.policy.rate(prompts, self.odds)
+
+    def spent(self) -> dict[str, float]:
+        """What all were asked together by `score`; `seconds` are the leader's."""
+        return self.policy.spent()
+
+    def warm_up(self, update: int, updates: int) -> None:
+        """As `ChoicePolicy.warm_up`, on every rank."""
+        self._ask("warm_up", [(update, updates)] * world())
+
+    def save(self, folder: Path, files: Mapping[str, str] | None = None, *, base: str | None = None) -> None:
+        """As `ChoicePolicy.save`, by the leader."""
+        self.policy.save(folder, files, base=base)
+
+
+def _places(items: Sequence[Any]) -> list[list[int]]:
+    """The items' places by rank: a question's rank is its own, so that it finds there what it left; else by turns."""
+    found: list[list[int]] = [[] for _ in range(world())]
+    for i, item in enumerate(items):
+        key = zlib.crc32(item.encode("utf-8", "surrogatepass")) if isinstance(item, str) else i
+        found[key % len(found)].append(i)
+    return found
+
+
+def _digest(tensor: Tensor) -> bytes:
+    own = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(own.tobytes() + str(tensor.shape).encode(), digest_size=16).digest()
+
+
 # -- the others --------------------------------------------------------------------------------
 
 
@@ -289,7 +425,13 @@ def serve(policy: Replica) -> None:
 
 
 def _do(policy: Replica, method: str, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    return _reduce_and_step(policy) if method == "step" else getattr(policy, method)(*args, **keywords)
+    if method == "step":
+        return _reduce_and_step(policy)
+    if method == "state_dict":  # what the leader doesn't have
+        return (
+            {} if is_leader() else {n: x.cpu() for n, x in policy.state_dict().items() if args[0].get(n) != _digest(x)}
+        )
+    return getattr(policy, method)(*args, **keywords)
 
 
 def _reduce_and_step(policy: Replica) -> float:

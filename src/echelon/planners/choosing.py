@@ -74,6 +74,7 @@ class Choices:
         open: bool `(m, K)`, options that nobody had taken yet.
         column: int64 `(m,)`, what was chosen.
         logp: float64 `(m,)`, the logarithm of its probability among the open ones.
+        liking: float64 `(m, K)`, how much a teacher likes each option, or None.
     """
 
     world: NDArray[np.int64]
@@ -82,6 +83,7 @@ class Choices:
     open: NDArray[np.bool_]
     column: NDArray[np.int64]
     logp: NDArray[np.float64]
+    liking: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from echelon.envs.base import SubgoalKind
 from echelon.envs.kernels import UNREACHABLE
@@ -38,6 +39,16 @@ class Hungarian(StatelessPlanner):
         choice = np.full(request.need.shape, -1, np.int64)
         _assign_all(request.need, c.kind, c.task, request.distance, request.taken, choice)
         return Plan.chosen(request, choice)
+
+    def preference(self, request: PlanRequest) -> NDArray[np.float64]:
+        """How much it likes each candidate by itself, float64 `(n, A, C)`: minus its cost in steps, -inf if it's none.
+
+        For those who imitate it: of two candidates that are as near, it likes both.
+        """
+        assert request.distance is not None
+        c = request.candidates
+        cost = request.distance.astype(np.float64) + _LATER * (c.kind == _TOOL)
+        return np.where((c.kind > 0) & (request.distance < UNREACHABLE), -cost, -np.inf)
 
 
 @numba.njit(cache=True)

@@ -52,6 +52,7 @@ TEMPLATES = ("choose_system.txt", "choose.txt")
 _EACH = frozenset({"option", "what", "steps", "about", *CONTEXT})  # fields of a template that is about one option
 _RATED = _EACH - {"option"} | {"feedback"}  # a template of no others: its questions come again and again
 _WHICH = re.compile(r"[\d(),]+")  # ids and cells
+_GO_ON = "go on: "
 _KINDS, _VERDICTS = len(SubgoalKind), len(Verdict)
 
 
@@ -213,7 +214,7 @@ class LLMPlanner(ModelPlanner):
         asked = same.any(2)
         options = np.where(asked, same.argmax(2), -1)[..., None].astype(np.int64)
         q = _Questions(options, asked.astype(np.int64), np.full(asked.shape, -1, np.int64), request.taken, asked)
-        self._rate(request, q, "go on: ")
+        self._rate(request, q, _GO_ON)
         if q.prompts:
             scores, broken = self._ask(q.prompts)
             self.failures += broken is not None
@@ -271,6 +272,14 @@ class LLMPlanner(ModelPlanner):
                 ChoicePrompt(self.shared, self.question(*place), ("good", "bad")) for place in q.fresh.T.tolist()
             ]
         return logprobs
+
+    def going_on(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of the questions whether to go on with what is asked about at `places` (packed, int64 `(n,)`)."""
+        words = list(self._words)
+        parts = np.array([unpack(place) for place in places.tolist()], np.int64).reshape(-1, 4).T
+        kept = [self._words.setdefault(_GO_ON + words[row], len(self._words)) for row in parts[0].tolist()]
+        self._grow(0)
+        return pack(np.array(kept, np.int64), parts[1], parts[2], parts[3])
 
     def question(self, row: int, verdict: int, steps: int, context: int) -> str:
         """What the model is asked about an option at that place of the table."""
@@ -350,12 +359,14 @@ class LLMPlanner(ModelPlanner):
         plan.notes = lambda i: self._note(request, q, i, logprobs, broken)
         return plan
 
-    def lesson(self, request: PlanRequest, plan: Plan) -> Choices | None:
+    def lesson(self, request: PlanRequest, plan: Plan, preference: NDArray[np.float64] | None = None) -> Choices | None:
         """What another planner chose in `plan`, as choices among the options that this one would rate; None if none.
 
         Agents with one option only, and those for whom the other chose something else, teach nothing.
         """
+        counted = self.asked, self.forced, self.fresh
         q: _Questions = self.begin(replace(request, taken=request.taken.copy())).memo
+        self.asked, self.forced, self.fresh = counted  # nobody was asked anything
         c = request.candidates
         i, a = np.nonzero(q.asked)
         at = (i[:, None], a[:, None], np.maximum(q.options[i, a], 0))
@@ -372,7 +383,11 @@ class LLMPlanner(ModelPlanner):
         column[still.sum(2) < 2] = -1
         if (column < 0).all():
             return None
-        return self._choices(request, q, column, still, np.zeros(q.asked.shape))
+        choices = self._choices(request, q, column, still, np.zeros(q.asked.shape))
+        if preference is None:
+            return choices
+        i, a = np.nonzero(column >= 0)
+        return replace(choices, liking=preference[i[:, None], a[:, None], np.maximum(q.options[i, a], 0)])
 
     def _choices(
         self, request: PlanRequest, q: _Questions, column: NDArray[np.int64], still: NDArray[np.bool_],

@@ -232,9 +232,13 @@ def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = 
 def _says(config: RunConfig) -> str:
     """What decides a run, for its id: settings that came later count only where they aren't at their defaults."""
     usual = [name for name, table in PLAIN_TABLES.items() if getattr(config, name) == table()]
-    if config.llm_share is None and not method(config.method).needs_model(config.planner):
-        config = dataclasses.replace(config, llm_share=1 / 64)  # it means nothing here, and was in every id
-    return to_toml(config, without=usual)
+    if not method(config.method).needs_model(config.planner):
+        # These mean nothing here, and were in every id.
+        share = 1 / 64 if config.llm_share is None else config.llm_share
+        model = "smollm2-135m" if config.model == RunConfig.model else config.model
+        config = dataclasses.replace(config, llm_share=share, model=model)
+    says = to_toml(config, without=usual)
+    return says if config.subgoals.review else says.replace("review = 0\n", "", 1)
 
 
 def study_to_toml(study: Study) -> str:

@@ -1,0 +1,84 @@
+"""The command `echelon train-planner`: a planner trained by itself, on scenes of many worlds and sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from echelon.errors import EchelonError, unknown_name
+from echelon.fetching import ensure_local
+from echelon.flags import _peek, parse
+
+__all__ = ["train_planner"]
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Train a planner by itself: imitation of a good one, then reinforcement, on random scenes of many sizes.
+
+    Nobody else learns: classical executors (PIBT) carry its plans out. Presets: default is the recipe of the shipped
+    planner, imitation leaves reinforcement out, small takes minutes. Other flags go over the preset's settings. The
+    same command with the same --out goes on where it stopped, bit for bit.
+    """
+
+    preset: str = "default"
+    """default, imitation or small."""
+    out: Path | None = None
+    """The training's folder; default: runs/planner-<preset>-seed<seed>."""
+
+
+def train_planner(args: list[str]) -> int:
+    """`echelon train-planner [--preset NAME] [OPTIONS]`."""
+    from echelon.console import Stopper, Watch, console
+    from echelon.planner_training import PRESETS, PlannerConfig, PlannerTrainer
+
+    name = _peek(args, "--preset") or "default"
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    # The help tells the command's own flags first.
+    cls = cast(Any, dataclasses.make_dataclass("Flags", [], bases=(PlannerConfig, _Own), frozen=True))
+    cls.__doc__ = _Own.__doc__
+    flags = parse("train-planner", cls, args, cls(**PRESETS[name], preset=name))
+    config = PlannerConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(PlannerConfig)})
+    folder = flags.out or Path("runs") / f"planner-{name}-seed{config.seed}"
+    if config.model.startswith(("openai:", "gguf:")):
+        raise EchelonError(f"model {config.model} can't learn here: name one that torch loads (a known name or hf:…)")
+    if config.policy.adapt != "lora":
+        raise EchelonError("policy.adapt is full: a planner is kept as a LoRA adapter, so it must be lora")
+    ensure_local(config.model)
+    trainer = PlannerTrainer(config, folder)
+    totals = {"imitation": config.imitation, "reinforcement": config.iterations}
+    if trainer.stage in totals:
+        console.print(f"planner in {folder}: {trainer.stage}, {trainer.step} of {totals[trainer.stage]} done")
+    stopper = Stopper()
+    with stopper.listening(), Watch() as watch:
+
+        def told(line: dict[str, Any]) -> None:
+            stage, step = line["stage"], line["step"]
+            if stage == "imitation":
+                info = f"updates, {line['accuracy']:.2f} as {config.teacher} does, loss {line['loss']:.3f}"
+            else:
+                watch.end("imitation")
+                info = f"iterations, TSR {line['tsr']:.2f}, makespan {line['makespan']:.0f} steps"
+            watch.show(stage, step, totals[stage], f"{info}, {line['seconds']:,.0f} s")
+
+        if trainer.stage in totals:
+            doing = f"watching {config.teacher}" if trainer.stage == "imitation" else "playing"
+            watch.show(trainer.stage, trainer.step, totals[trainer.stage], doing)
+        finished = trainer.run(told, stopper)
+    if not finished:
+        again = [*args, *([] if flags.out else ["--out", str(folder)])]
+        console.print(f"stopped in {trainer.stage} at {trainer.step}; go on with:")
+        console.print(f"  {shlex.join(['echelon', 'train-planner', *again])}", soft_wrap=True)
+        return 128 + stopper.signal
+    planner = folder / "planner"
+    if not planner.is_dir():  # killed between the last checkpoint and this
+        trainer.save_planner(planner)
+    console.print(f"done in {trainer.seconds:,.0f} s; to plan with it, or to train executors under it:", soft_wrap=True)
+    for command in ("plan", "train"):
+        console.print(f"  {shlex.join(['echelon', command, '--model', f'hf:{planner}'])}", soft_wrap=True)
+    print(planner)
+    return 0
