@@ -93,12 +93,12 @@ def test_ctrl_c_saves_and_the_told_command_goes_on(trained: Path, tiny_model: st
         [sys.executable, "-m", "echelon", "train-planner", "--model", tiny_model, *SMALL, "--out", "run"],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    metrics, end = Path("run/metrics.jsonl"), time.monotonic() + 60
+    metrics, end = Path("run/metrics.jsonl"), time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n")):
         assert time.monotonic() < end and process.poll() is None, "it never came"
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (130, "") and "Traceback" not in err
     found = re.search(r"^stopped in \w+ at \d; go on with:\n  (echelon train-planner .*)$", err, re.MULTILINE)
     assert found is not None and len(stages(Path("run"))) < 6 and not Path("run/planner").exists()
@@ -146,7 +146,6 @@ MISTAKES = {
     "folder": (["--model", "hf:nowhere"], "no folder nowhere"),
     "server": (["--model", "openai:x"], "model openai:x can't learn here"),
     "gguf": (["--model", "gguf:smollm2-135m"], "can't learn here"),
-    "full": (["--policy.adapt", "full", "--model", "hf:nowhere"], "policy.adapt is full"),
     "stray": (["small"], "Unrecognized options: small (echelon train-planner --help)"),
 }
 

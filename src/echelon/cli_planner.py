@@ -46,8 +46,6 @@ def train_planner(args: list[str]) -> int:
     folder = flags.out or Path("runs") / f"planner-{name}-seed{config.seed}"
     if config.model.startswith(("openai:", "gguf:")):
         raise EchelonError(f"model {config.model} can't learn here: name one that torch loads (a known name or hf:…)")
-    if config.policy.adapt != "lora":
-        raise EchelonError("policy.adapt is full: a planner is kept as a LoRA adapter, so it must be lora")
     ensure_local(config.model)
     trainer = PlannerTrainer(config, folder)
     totals = {"imitation": config.imitation, "reinforcement": config.iterations}

@@ -213,9 +213,7 @@ class Trainer:
                 board.add_scalar(name, timings[name], self.step)
             notes = tuple(note for p, _ in self.worlds.planners if isinstance(p, ModelPlanner) for note in p.notes())
             if metrics.get("planner_collapsed"):
-                notes += (
-                    "the planner no longer switches subgoals: see learner.keep_penalty, learner.switch_rate_floor",
-                )
+                notes += ("the planner no longer switches (learner.keep_penalty, learner.switch_rate_floor)",)
             report(Progress(self.step, c.steps, metrics, rate, shares, notes))
             stop = should_stop()
             if self.step - saved >= c.checkpoint_every or self.step >= min(until, c.steps) or stop:
