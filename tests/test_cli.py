@@ -24,6 +24,7 @@ from rich.console import Console
 
 import echelon
 import echelon.flags
+from echelon import building
 from echelon.algorithms import MAPPOConfig
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.cli import main
@@ -542,6 +543,30 @@ def test_models_in_an_empty_cache(place: Path, capsys: pytest.CaptureFixture[str
     assert "run: echelon models fetch smollm2-135m" in capsys.readouterr().err
     assert main(["models", "remove", "smollm2-135m"]) == 0
     assert capsys.readouterr().out == "model smollm2-135m: was not there\n"
+
+
+def test_a_shipped_planner_is_asked_nothing_that_it_was_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves are picked, and plans written, by the model that it was made of."""
+    asked: list[str] = []
+
+    class Model:
+        """Stands for a loaded one."""
+
+        def text(self) -> str:
+            """What writes."""
+            return "a writer"
+
+    def model_of(spec: str) -> Model:
+        asked.append(spec)
+        return Model()
+
+    monkeypatch.setattr(building, "model_of", model_of)
+    monkeypatch.setattr(building, "_writers", {})
+    config = RunConfig(method="llm-only")
+    assert config.model == "smollm2-135m-echelon"
+    building.build_executor(config, building.build_worlds(config, num_envs=1, seed=0, training=False), None)
+    building.writer_of(config.model, config.server, config.gguf)
+    assert asked == ["smollm2-135m", "smollm2-135m"]
 
 
 @pytest.fixture

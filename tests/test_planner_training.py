@@ -192,6 +192,7 @@ def test_what_it_leaves_is_a_planner(model: str, tmp_path: Path) -> None:
     assert planner.templates[1].text == trainer.planner.templates[1].text
     question = ["fetch package:3/0/8/1", "take tool:10/1/4/2"]
     policy = ChoicePolicy.load(spec, planner.shared, PolicyConfig())
+    trainer.policy.temperature = 1.0  # a scale of what it tries, and no part of what it knows
     np.testing.assert_array_equal(policy.odds(question), trainer.policy.odds(question))
     more = PlannerTrainer(dataclasses.replace(config, model=spec), tmp_path / "more")
     np.testing.assert_array_equal(more.policy.odds(question), trainer.policy.odds(question))

@@ -37,6 +37,7 @@ from echelon.runs import load_policy, run_costs
 from echelon.studies import backends, engine, work
 from echelon.studies.backends import PoolBackend, _how_it_died
 from echelon.studies.engine import ATTEMPTS, Matrix, run_study
+from echelon.studies.presets import preset
 from echelon.studies.spec import Study, import_modules, read_study, study_from_toml, study_to_toml
 from echelon.training import Trainer
 from studies_tools import UPDATE, Here, make_yard, outcome, same, tiny_study
@@ -122,6 +123,13 @@ def test_a_study_expands_to_its_matrix_whole_seeds_first() -> None:
         assert (c.seed, c.env.size, c.env.num_agents, c.method) == (run.seed, run.size, run.agents, run.method)
         assert c.threads == 1 and run.record == (2 if run.seed == 5 else 0)
         assert c.steps == (1 if run.method == "classical" else 1000)
+
+
+def test_ids_of_the_committed_results_are_what_they_were() -> None:
+    """The medium preset is the study under docs/results, whatever has become the default since."""
+    path = Path(__file__).parents[1] / "docs/results/medium/results.json"
+    committed = {run["id"] for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    assert set(ids(preset("medium"))) == committed
 
 
 def test_ids_are_what_they_were() -> None:
@@ -893,7 +901,7 @@ def test_another_model_makes_other_runs_only_of_methods_that_ask_one() -> None:
     """`--model` goes to those methods, over what else the study sets for them."""
     study = Study("asked", methods=("l2m2", "rule-goals"), settings={"method": {"l2m2": {"llm_share": 0.5}}})
     other = cli_studies._with_model(study, "hf:other")
-    assert [r.config.model for r in other.runs()[:2]] == ["hf:other", "smollm2-135m"]
+    assert [r.config.model for r in other.runs()[:2]] == ["hf:other", "smollm2-135m-echelon"]
     assert other.runs()[0].config.llm_share == 0.5
     same = [a.id == b.id for a, b in zip(study.runs(), other.runs(), strict=True)]
     assert same == [False, True] * 3

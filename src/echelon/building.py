@@ -27,7 +27,7 @@ from echelon.llm.gguf import GGUFConfig, GGUFModel
 from echelon.llm.policy import ChoicePolicy, LearningChoice
 from echelon.llm.prompts import PromptTemplate
 from echelon.llm.server import ServerConfig, ServerModel
-from echelon.llm.store import resolve_gguf
+from echelon.llm.store import resolve_gguf, untouched
 from echelon.llm.text import TextModel
 from echelon.methods import method
 from echelon.networks import Precision, resolve_precision
@@ -95,7 +95,8 @@ def writer_of(spec: str, server: ServerConfig, gguf: GGUFConfig) -> TextModel:
         elif kind == "gguf":
             _writers[key] = GGUFModel.load(spec, gguf)
         else:
-            _writers[key] = model_of(spec).text()
+            # A shipped planner was trained to rate, not to write.
+            _writers[key] = model_of(untouched(spec)).text()
     return _writers[key]
 
 
@@ -119,7 +120,7 @@ def spent_by(config: RunConfig, worlds: TeamWorlds) -> dict[str, float]:
             if isinstance(planner.model, LearningChoice):
                 return planner.model.spent()
             return dict(planner.model.state_dict()) if hasattr(planner.model, "state_dict") else {}
-    return dict(model_of(config.model).state_dict()) if method(config.method).executor == "model" else {}
+    return dict(model_of(untouched(config.model)).state_dict()) if method(config.method).executor == "model" else {}
 
 
 def forget_answers() -> None:
@@ -193,7 +194,8 @@ def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlan
     if p.cache:
         if planner.sees is None:  # reflections, which depend on more too, are refused beside a cache
             raise EchelonError(
-                "planning.cache doesn't know what this model's prompt tells of its surroundings: leave it out"
+                f"planning.cache doesn't know what {planner.name} is told of its surroundings: leave it out, or use a "
+                f"model that is told less (--model smollm2-135m)"
             )
         path = None if p.cache == "memory" else Path(p.cache)
         kept = PlanCache(path, namespace=_namespace(spec, config, planner))
@@ -298,7 +300,8 @@ def build_executor(config: RunConfig, worlds: TeamWorlds, policy: dict[str, torc
     if kind.executor == "pibt":
         return PIBTExecutor(worlds)
     if kind.executor == "model":
-        return ModelExecutor(model_of(config.model), worlds.env.num_envs, config.seed)
+        # A shipped planner was trained to rate subgoals, not moves.
+        return ModelExecutor(model_of(untouched(config.model)), worlds.env.num_envs, config.seed)
     algorithm = build_algorithm(config, worlds)
     if policy is not None:
         algorithm.load_state_dict(policy, policy_only=True)

@@ -68,11 +68,11 @@ class PlannerConfig:
     """Scenes in which the teacher is watched, 16 worlds each."""
     algorithm: Literal["himac", "hiper", "none"] = "himac"
     """How the planner goes on: comparing its plans of one task (himac), with critics (hiper), or not at all."""
-    iterations: int = 25
+    iterations: int = 10
     """How often it plays and then learns from that."""
     scenes: int = 9
     """Scenes it plays in each time."""
-    worlds: int = 64
+    worlds: int = 192
     """Worlds of each such scene; himac: a multiple of himac.group."""
     review: int = 0
     """As subgoals.review: steps after which the planner may take back a subgoal; hiper's keep and switch. 0: never."""

@@ -287,6 +287,11 @@ def _common_places(environment: str, runs: list[Run], methods: Sequence[str]) ->
             dropped.append(worst)
         else:
             del have[worst]
+    # What was lacking may have lain in what was left out later.
+    kept = [m for m in every if m in have or (have and all(_of(runs, m, p) for p in places))]
+    places += [p for p in dropped if have and all(_of(runs, m, p) for m in kept)]
+    dropped = [p for p in dropped if p not in places]
+    have = {m: have.get(m, set()) for m in kept}
     words = [
         f"{_label(p)} is left out: {_and([m for m in every if not _of(runs, m, p)])} "
         f"{'has' if sum(not _of(runs, m, p) for m in every) == 1 else 'have'} no finished run there."

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from echelon.errors import unknown_name
 from echelon.evaluation.protocol import Protocol
 from echelon.studies.spec import Study
 
 __all__ = ["preset", "presets"]
 
-# Of the worlds in which l2m2's executors learn the model plans an eighth, as in the results under docs/results.
-_SETTINGS = {"method": {"l2m2": {"llm_share": 0.125}}}
+# As in the results under docs/results: the untouched model plans, while executors learn in an eighth of the worlds.
+_SETTINGS: dict[str, dict[str, Any]] = {"run": {"model": "smollm2-135m"}, "method": {"l2m2": {"llm_share": 0.125}}}
 METHODS = ("l2m2", "rule-goals", "flat-mappo", "qmix", "llm-only", "random-goals", "classical")
 
 _PRESETS = {

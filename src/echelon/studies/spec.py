@@ -18,6 +18,7 @@ from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml_file, 
 from echelon.envs import environments, make
 from echelon.errors import EchelonError, unknown_name
 from echelon.evaluation.protocol import Protocol
+from echelon.llm.store import untouched
 from echelon.methods import method, methods
 
 __all__ = ["Study", "StudyRun", "import_modules", "read_study", "study_from_toml", "study_to_toml"]
@@ -232,11 +233,11 @@ def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = 
 def _says(config: RunConfig) -> str:
     """What decides a run, for its id: settings that came later count only where they aren't at their defaults."""
     usual = [name for name, table in PLAIN_TABLES.items() if getattr(config, name) == table()]
-    if not method(config.method).needs_model(config.planner):
-        # These mean nothing here, and were in every id.
+    kind = method(config.method)
+    if kind.executor == "model" or not kind.needs_model(config.planner):
+        # Nobody is planned for by a model: these mean nothing, or the same, and were in every id.
         share = 1 / 64 if config.llm_share is None else config.llm_share
-        model = "smollm2-135m" if config.model == RunConfig.model else config.model
-        config = dataclasses.replace(config, llm_share=share, model=model)
+        config = dataclasses.replace(config, llm_share=share, model=untouched(config.model))
     says = to_toml(config, without=usual)
     return says if config.subgoals.review else says.replace("review = 0\n", "", 1)
 
