@@ -165,6 +165,8 @@ def _model_planner(spec: str, config: RunConfig, *, training: bool) -> ModelPlan
     folder = Path(p.prompts) if p.prompts else None
     budget = Budget(config.budget) if config.budget != BudgetConfig() else None
     planner: ModelPlanner
+    if config.subgoals.space != "task":
+        spec = untouched(spec)  # the shipped planner knows the worlds' own tasks
     if config.generates:
         writer = writer_of(spec, config.server, config.gguf)
         planner = GeneratingPlanner(
