@@ -422,10 +422,13 @@ def start(file: Path, what: str) -> subprocess.Popen[str]:
 @pytest.mark.model
 def test_ctrl_c_ends_replies_under_way(file: Path) -> None:
     with start(file, "story") as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)  # 50 stories would take hours
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "True\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)  # 50 stories would take hours
+        finally:
+            process.kill()  # else a signal that gets lost stops all tests, and not this one alone
     assert (process.returncode, out, err) == (0, "interrupted\nNone\n", "")
 
 
