@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -404,6 +405,7 @@ if sys.argv[2] == "fork":
     print(model.generate([TextPrompt("", "x", max_tokens=2)])[0].error)
 else:
     try:
+        print("telling", flush=True)
         model.generate([TextPrompt("", "Write a very long story.", max_tokens=8000)] * 50)
     except KeyboardInterrupt:
         print("interrupted")
@@ -424,7 +426,8 @@ def test_ctrl_c_ends_replies_under_way(file: Path) -> None:
     with start(file, "story") as process:
         try:
             assert process.stdout is not None
-            assert process.stdout.readline() == "True\n"
+            assert [process.stdout.readline() for _ in range(2)] == ["True\n", "telling\n"]
+            time.sleep(1)  # till replies are under way
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=120)  # 50 stories would take hours
         finally:
