@@ -388,10 +388,11 @@ def test_the_port_answers_nobody(model: GGUFModel) -> None:
 
 
 SCRIPT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from echelon.llm.gguf import GGUFConfig, GGUFModel
 from echelon.llm.text import TextPrompt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 model = GGUFModel(Path(sys.argv[1]), GGUFConfig(context=8192))
 print(model.generate([TextPrompt("", "robot " * 9000, max_tokens=2)])[0].error is not None, flush=True)
 if sys.argv[2] == "fork":
