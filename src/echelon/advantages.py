@@ -2,7 +2,8 @@
 
 `gae` and `td_lambda` for steps of many worlds at once; `hae` (HiPER) for the turns of a planner that keeps or changes
 its subgoal; `group_relative` and `gigpo` (GRPO, HiMAC, GiGPO) for scores compared within a group, with no critic.
-`advantages_torch` has the same for tensors.
+`team_tree_returns` and `team_advantages` (MAGRPO's family) for teams of language models. `advantages_torch` has some
+of it for tensors.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from echelon.advantages_teams import Joint, TeamMode, team_advantages, team_tree_returns
+
 __all__ = [
     "HAE",
     "GiGPOMode",
     "GroupNorm",
+    "Joint",
     "KeepPenaltyMode",
+    "TeamMode",
     "gae",
     "gigpo",
     "group_relative",
@@ -27,6 +32,8 @@ __all__ = [
     "hae_switch_option_critic",
     "keep_consistency_penalty",
     "td_lambda",
+    "team_advantages",
+    "team_tree_returns",
 ]
 
 KeepPenaltyMode = Literal["normalized", "fixed"]
