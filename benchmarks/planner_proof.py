@@ -35,7 +35,7 @@ from echelon.llm.policy import PolicyConfig
 from echelon.planner_training import PlannerConfig, PlannerTrainer, random_scene
 from echelon.planners import make_rule_planner
 from echelon.planners.base import Planner
-from echelon.rollout import TeamWorlds
+from echelon.rollout import TeamWorlds, first_episodes
 from echelon.runs import load_policy, processor, steps_done
 from echelon.subgoals import FEATURES, SubgoalConfig
 from echelon.training import Trainer
@@ -131,17 +131,9 @@ def play(env: GridConfig, count: int, seed: int, planner: Planner, review: int) 
     worlds = TeamWorlds(make(env_name(env), env, num_envs=count, seed=seed, extra_features=FEATURES),
                         [(planner, np.ones(count, bool))], SubgoalConfig(review=review), gamma=0.99,
                         seed=seed)  # fmt: skip
-    executor, e = PIBTExecutor(worlds), worlds.env
+    executor = PIBTExecutor(worlds)
     worlds.start()
-    running, won, took = np.ones(count, bool), np.zeros(count, bool), np.full(count, e.limit)
-    while running.any():
-        worlds.advance(executor.act(worlds))
-        ended = running & (e.terminated | e.truncated)
-        won[ended], took[ended] = e.terminated[ended], e.steps[ended]
-        running &= ~ended
-        worlds.active = running.copy()
-        worlds.settle()
-    return won, took
+    return first_episodes(worlds, executor.act)
 
 
 def curves(out: Path, seeds: int, steps: int, model: str) -> dict[str, Any]:

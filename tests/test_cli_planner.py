@@ -16,6 +16,8 @@ import pytest
 
 import echelon
 from echelon.cli import main
+from echelon.console import Stopper
+from echelon.methods import methods
 from echelon.planner_training import PRESETS, PlannerConfig
 from tiny_model import make_tiny_model
 
@@ -141,6 +143,8 @@ MISTAKES = {
     "preset": (["--preset", "defalt"], "unknown preset 'defalt': did you mean 'default'?"),
     "value": (["--scenes", "0"], "scenes is 0: it must be at least 1"),
     "group": (["--worlds", "12"], "worlds is 12: it must be a multiple of himac.group (8)"),
+    "himac": (["--himac.group", "1"], "himac.group is 1: it must be at least 2"),
+    "hiper": (["--hiper.kl=-1"], "hiper.kl is -1.0: it must be at least 0"),
     "teacher": (["--teacher", "hungarain"], "did you mean 'hungarian'?"),
     "model": (["--model", "smollm"], "unknown model 'smollm'"),
     "folder": (["--model", "hf:nowhere"], "no folder nowhere"),
@@ -166,3 +170,54 @@ def test_other_settings_want_another_folder(trained: Path, tiny_model: str, caps
     """A training isn't mixed with another."""
     assert main(["train-planner", "--model", tiny_model, *SMALL, "--seed", "1", "--out", str(trained)]) == 2
     assert "holds a training with other settings: choose another --out" in capsys.readouterr().err
+
+
+# -- several processes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [m.name for m in methods().values() if m.learns and not m.learner])
+def test_torchrun_is_for_planners_that_learn(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would train the same run in each process, in one folder: one line, nothing written."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "--method", name, "--out", "run"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"method {name} trains in one process, and torchrun started 2" in told
+    assert files(place) == []
+
+
+def test_torchrun_goes_on_with_no_run_of_one_process(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own method counts."""
+    world = ["--env.size", "6", "--env.num-agents", "2", "--env.num-packages", "2", "--num-envs", "4"]
+    small = ["--algorithm.rollout", "8", "--steps", "32", "--threads", "1", "--eval-episodes", "0"]
+    assert main(["train", "--method", "flat-mappo", *world, *small, "--out", "run"]) == 0
+    before = {name: (place / name).read_bytes() for name in files(place)}
+    capsys.readouterr()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "--resume", "run", "--steps", "64"]) == 2
+    assert "method flat-mappo trains in one process" in capsys.readouterr().err
+    assert {name: (place / name).read_bytes() for name in files(place)} == before
+
+
+def test_one_ctrl_c_that_comes_twice_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun passes on what the terminal sent already; a second one that is meant comes later, and ends at once."""
+    now = [10.0]
+    monkeypatch.setattr("echelon.console.time.monotonic", lambda: now[0])
+    stopper = Stopper()
+    with stopper.listening():
+        assert not stopper()
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.4
+        signal.raise_signal(signal.SIGTERM)
+        assert stopper() and stopper.signal == signal.SIGINT
+        assert capsys.readouterr().err.count("stopping at the next safe point") == 1
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -20,8 +20,8 @@ from echelon.executors import PIBTExecutor
 from echelon.growing import FEATURES_OF_A_TURN, Blueprints, EpisodeRecorder, Lessons, TurnRecorder, decisions_of
 from echelon.llm.choice import ChoicePrompt, ChoiceScores
 from echelon.planners import Hungarian
-from echelon.planners.llm import LEARNED_PROMPTS, LLMPlanner
-from echelon.rollout import TeamWorlds
+from echelon.planners.llm import LEARNED_PROMPTS, PROMPTS, LLMPlanner
+from echelon.rollout import Reviewer, TeamWorlds, first_episodes
 from echelon.subgoals import FEATURES, SubgoalConfig
 
 
@@ -304,8 +304,7 @@ def test_an_episodes_score_is_what_was_done_less_what_it_took(name: str) -> None
     assert len(of) == len(decisions) > 0 and set(of.tolist()) <= set(range(6))
     assert worlds.active.all() and not planner.explore and planner.on_choices is None
     # What was chosen when there was a choice is in the blueprint; and what was forced.
-    given = sum(len(steps) for team in watch.blueprint for steps in team)
-    assert given >= len(decisions)
+    assert (watch.blueprint[..., 0] >= 0).sum() >= len(decisions)
     assert worlds.episodes.count == 6, "each world's first counts, and no other"
 
 
@@ -384,13 +383,20 @@ def test_what_a_blueprint_can_not_do_is_skipped_and_then_another_plans() -> None
     assert tracker is not None
     fetch = 4
     # Both want package 0; a package that doesn't exist; the second agent of the second world has no plan at all.
-    plans = [[[(fetch, 0), (fetch, 1)], [(fetch, 0), (fetch, 2)]], [[(fetch, 9), (fetch, 2)], []]]
+    plans = np.full((2, 2, 2, 2), -1, np.int16)
+    plans[0] = [[(fetch, 0), (fetch, 1)], [(fetch, 0), (fetch, 2)]]
+    plans[1, 0] = [(fetch, 9), (fetch, 2)]
     blueprints = Blueprints(planner, plans, worlds)
     request = tracker.request(np.arange(2), distance=True)
     plan = blueprints.plan(request)
     assert plan.task[0].tolist() == [0, 2]
     assert plan.task[1, 0] == 2 and plan.kind[1, 1] == fetch and plan.task[1, 1] in (0, 1)
     assert not tracker.check(request, plan, request.need).any()
+    refused = tracker.request(np.arange(2), distance=True)
+    refused.refused[:] = refused.candidates.task == 2
+    blueprints._at[:] = 0
+    again = blueprints.plan(refused)
+    assert again.task[0].tolist() == [0, 1] and again.task[1, 0] in (0, 1), "what was refused is skipped, too"
     # Each goes on in its own list, and begins again with an episode.
     worlds.env.truncated[0] = True
     blueprints.acted()
@@ -422,6 +428,45 @@ def test_a_world_repeats_its_episode() -> None:
             ended += 1
             assert (env.pos[w] != start[0][w]).any() or (env.task_cell[w] != start[1][w]).any()
     assert ended >= 4
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_first_episodes_are_each_worlds_first(name: str) -> None:
+    """Success and length are those of an independent count, and nobody plans for who is done."""
+    worlds, _ = team_of(name, num_envs=8, limit=60)
+    twin, _ = team_of(name, num_envs=8, limit=60)
+    executor, other = PIBTExecutor(worlds), PIBTExecutor(twin)
+    active: list[list[int]] = []
+
+    def acted() -> None:
+        assert worlds.active.sum() == (active[-1][1] if active else 8), "those that took this step"
+        active.append([int(worlds.active.sum())])
+
+    def settled(ended: NDArray[np.bool_]) -> None:
+        assert not (worlds.active & ended).any()
+        assert worlds.tracker is not None and (worlds.tracker.kind[~worlds.active] < 0).all()
+        active[-1].append(int(worlds.active.sum()))
+
+    worlds.start()
+    success, steps = first_episodes(worlds, executor.act, acted, settled)
+    twin.start()
+    over: dict[int, tuple[bool, int]] = {}
+    for step in range(1, 61):
+        twin.advance(other.act(twin))
+        for w in range(8):
+            if twin.env.terminated[w] or twin.env.truncated[w]:
+                over.setdefault(w, (bool(twin.env.terminated[w]), step))
+        twin.settle()
+    assert [over[w] for w in range(8)] == list(zip(success.tolist(), steps.tolist(), strict=True))
+    assert len(active) == steps.max() and active[-1] == [(steps == steps.max()).sum(), 0]
+
+
+def test_who_can_be_asked_to_keep_a_subgoal_is_no_matter_of_its_class() -> None:
+    _, planner = team_of()
+    assert isinstance(planner, Reviewer) and planner.reviews
+    letters = LLMPlanner(Hashed(), folder=PROMPTS / "letters")
+    assert isinstance(letters, Reviewer) and not letters.reviews
+    assert not isinstance(Hungarian(), Reviewer)
 
 
 # -- lessons -----------------------------------------------------------------------------------

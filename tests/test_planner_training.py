@@ -16,7 +16,7 @@ from echelon.algorithms.himac import HiMACConfig
 from echelon.algorithms.hiper import HiPERConfig, Turns
 from echelon.building import build_planner
 from echelon.configs import RunConfig
-from echelon.envs import env_name, make
+from echelon.envs import WarehouseConfig, env_name, make
 from echelon.errors import EchelonError
 from echelon.growing import FEATURES_OF_A_TURN
 from echelon.llm.policy import ChoicePolicy, PolicyConfig
@@ -100,7 +100,7 @@ def test_imitation_comes_to_agree_with_the_teacher_on_scenes_that_it_never_saw(m
         policy=PolicyConfig(layers=1, warm_lr=1e-2),
     )  # fmt: skip
     other = PlannerTrainer(dataclasses.replace(config, seed=1), tmp_path / "other")
-    unseen = other._watch_teacher()
+    unseen = other._watch_teacher()[0]
     chance = float((1 / unseen.open.sum(1)).mean())
     before = accuracy(other.policy, unseen)
     trainer = PlannerTrainer(config, tmp_path / "trained")
@@ -110,6 +110,16 @@ def test_imitation_comes_to_agree_with_the_teacher_on_scenes_that_it_never_saw(m
     assert np.mean([line["loss"] for line in told[-5:]]) < 0.8 * np.mean([line["loss"] for line in told[:5]])
     assert len(unseen) > 200 and after > max(before, chance) + 0.15, (chance, before, after)
     assert (tmp_path / "trained" / "imitated" / "adapter_model.safetensors").is_file()
+
+
+def test_a_teacher_that_never_has_a_choice_is_one_line(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = WarehouseConfig(size=8, num_agents=1, num_packages=1)
+    monkeypatch.setattr("echelon.planner_training.random_scene", lambda *args: scene)
+    trainer = PlannerTrainer(config_of(model, "none", iterations=0, lessons=1), tmp_path)
+    with pytest.raises(EchelonError, match="lessons is 1: hungarian never had a choice in these scenes"):
+        trainer.run()
 
 
 # -- the whole recipe --------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from echelon.configs import RunConfig
 from echelon.envs import env_name, make
 from echelon.errors import EchelonError
 from echelon.executors import Executor, LearnedExecutor, ModelExecutor, PIBTExecutor
-from echelon.llm import distributed
-from echelon.llm._loading import locate
+from echelon.llm import distributed, locate
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel
 from echelon.llm.gguf import GGUFConfig, GGUFModel

@@ -129,6 +129,7 @@ def _train(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console, results_table
     from echelon.evaluation.comparison import evaluate_run, finished_evaluation
     from echelon.reports.replay import write_replay
+    from echelon.runs import read_run
     from echelon.training import Trainer
 
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
@@ -139,6 +140,7 @@ def _train(args: list[str]) -> int:
             raise EchelonError(
                 f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
             )
+        _refuse_torchrun(read_run(flags.resume))
         trainer = Trainer.resume(flags.resume, steps=run.steps if "--steps" in given else None)
         run = trainer.config
     else:
@@ -146,6 +148,7 @@ def _train(args: list[str]) -> int:
             raise EchelonError(
                 f"method {run.method} has nothing to train: evaluate it with echelon compare --methods {run.method}"
             )
+        _refuse_torchrun(run)
         ensure_model(run)
         trainer = Trainer(run, flags.out or _default_folder(run))
     folder = trainer.folder
@@ -170,6 +173,15 @@ def _train(args: list[str]) -> int:
         return 128 + stopper.signal
     console.print(f"run folder: {folder}")
     return 0
+
+
+def _refuse_torchrun(run: RunConfig) -> None:
+    """Only a planner's model is shared out: each process would train a run of its own, all in one folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count.isdigit() and int(count) > 1 and not method(run.method).learner:
+        raise EchelonError(
+            f"method {run.method} trains in one process, and torchrun started {count}: start echelon train without it"
+        )
 
 
 def _default_folder(run: RunConfig) -> Path:

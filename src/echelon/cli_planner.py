@@ -38,11 +38,16 @@ def train_planner(args: list[str]) -> int:
     name = _peek(args, "--preset") or "default"
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
+    plain = PlannerConfig(**PRESETS[name])
+    learners = {table: _named(getattr(plain, table), table) for table in ("himac", "hiper")}
+    fields = [(table, type(settings), dataclasses.field(default=settings)) for table, settings in learners.items()]
     # The help tells the command's own flags first.
-    cls = cast(Any, dataclasses.make_dataclass("Flags", [], bases=(PlannerConfig, _Own), frozen=True))
+    cls = cast(Any, dataclasses.make_dataclass("Flags", fields, bases=(PlannerConfig, _Own), frozen=True))
     cls.__doc__ = _Own.__doc__
     flags = parse("train-planner", cls, args, cls(**PRESETS[name], preset=name))
-    config = PlannerConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(PlannerConfig)})
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(PlannerConfig)}
+    given |= {table: type(getattr(plain, table))(**vars(given[table])) for table in learners}
+    config = PlannerConfig(**given)
     folder = flags.out or Path("runs") / f"planner-{name}-seed{config.seed}"
     if config.model.startswith(("openai:", "gguf:")):
         raise EchelonError(f"model {config.model} can't learn here: name one that torch loads (a known name or hf:…)")
@@ -80,3 +85,16 @@ def train_planner(args: list[str]) -> int:
         console.print(f"  {shlex.join(['echelon', command, '--model', f'hf:{planner}'])}", soft_wrap=True)
     print(planner)
     return 0
+
+
+def _named(settings: Any, table: str) -> Any:
+    """A learner's settings, of a class whose errors name them as this command's flags do: here is no `learner`."""
+    cls = type(settings)
+
+    def check(self: Any, *rules: tuple[str, bool, str]) -> None:
+        try:
+            cls._check(self, *rules)
+        except EchelonError as error:
+            raise EchelonError(str(error).replace("learner.", f"{table}.", 1)) from None
+
+    return type(cls.__name__, (cls,), {"_check": check})(**vars(settings))

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from echelon.algorithms.decisions import imitate
 from echelon.algorithms.himac import HiMAC, HiMACConfig
 from echelon.algorithms.hiper import HiPER, HiPERConfig
 from echelon.building import build_worlds, prompts_of
@@ -27,11 +26,9 @@ from echelon.growing import (
     EpisodeRecorder,
     Lessons,
     TurnRecorder,
-    decisions_of,
-    keeping,
-    targets_of,
+    imitation_update,
 )
-from echelon.llm._loading import locate
+from echelon.llm import locate
 from echelon.llm.policy import LearningChoice
 from echelon.planners import make_rule_planner
 from echelon.planners.llm import LLMPlanner
@@ -104,17 +101,11 @@ class GrowingRollouts(Rollouts):
             for _ in range(c.growth.warm_steps):
                 worlds.advance(executor.act(worlds))
                 worlds.settle()
-            decisions = decisions_of(self.planner, lessons.choices, [])
-            targets = targets_of(lessons.choices, self.planner.max_options, softness=c.growth.warm_softness)
-            if c.subgoals.review:
-                decisions, targets = keeping(self.planner, lessons.choices, targets)
-            if len(decisions):
-                key, count = int(spawn_keys(c.seed, (35,), 1)[0]), c.growth.warm_updates
-                for k in range(count):
-                    self.policy.warm_up(k, count)
-                    each = -(-len(decisions) // c.growth.warm_batch)
-                    imitate(self.policy, decisions, targets, batch=c.growth.warm_batch,
-                            epochs=-(-count // each), key=key, first=k, last=k + 1)  # fmt: skip
+            decisions, targets = lessons.told(softness=c.growth.warm_softness, reviews=bool(c.subgoals.review))
+            key = int(spawn_keys(c.seed, (35,), 1)[0])
+            for k in range(c.growth.warm_updates if len(decisions) else 0):
+                imitation_update(self.policy, decisions, targets, k, count=c.growth.warm_updates,
+                                 batch=c.growth.warm_batch, key=key)  # fmt: skip
         self.policy.warm_up(0, 0)
         self.policy.anchor()
         self.planner.forget()
@@ -178,8 +169,7 @@ class GrowingRollouts(Rollouts):
         if schedule in ("alternate", "executor"):
             mine = worlds.planners[0][1]
             if schedule == "alternate":
-                plans = [watch.blueprint[int(best[g])] for g in groups]
-                blueprints = Blueprints(self.planner, plans, worlds)
+                blueprints = Blueprints(self.planner, watch.blueprint[best[groups]], worlds)
                 worlds.planners[0] = (blueprints, mine)
                 worlds.plan_time[blueprints.name] = worlds.plan_time[self.planner.name]
                 # The task of the macro phase once more, and again when it is done.

@@ -21,6 +21,7 @@ __all__ = ["Stopper", "Watch", "console", "results_rows", "results_table"]
 
 console = Console(stderr=True, highlight=False, markup=False)
 _PLAIN_EVERY = 60.0
+_SAME = 0.5  # seconds within which a second signal is the first once more: on a terminal torchrun passes Ctrl-C on
 
 
 class Stopper:
@@ -32,6 +33,7 @@ class Stopper:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._at = 0.0
 
     def __call__(self) -> bool:
         """Whether to stop."""
@@ -39,8 +41,10 @@ class Stopper:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
+            if time.monotonic() - self._at < _SAME:
+                return
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._at = number, time.monotonic()
         # A server that hangs must not keep a run that is to stop.
         hurry(2.0)
         console.print("stopping at the next safe point (again: at once)")

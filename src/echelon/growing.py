@@ -1,7 +1,8 @@
 """What a planner that learns lives through: its decisions, the turns between them, and what came of them.
 
-Knows worlds and planners, and no algorithm: `TurnRecorder` gives HiPER its turns, `EpisodeRecorder` gives HiMAC its
-scored blueprints, and `Blueprints` lets a team carry one out again.
+Between worlds and planners on one side and learners on the other, of which it knows only what they take (`Decisions`,
+`Turns`): `TurnRecorder` gives HiPER its turns, `EpisodeRecorder` gives HiMAC its scored blueprints, `Blueprints` lets a
+team carry one out again, and `Lessons` notes what a teacher does, for `imitation_update`.
 
 The planner's reward (our choice) is the share of the task done in a step less the share of the time that went by, so an
 episode's return is what was done less what it took: teams that succeed sooner get more.
@@ -13,17 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon.algorithms.decisions import Decisions
+from echelon.algorithms.decisions import Decisions, imitate
 from echelon.algorithms.hiper import Turns
+from echelon.envs.base import GridEnv
+from echelon.llm.policy import LearningChoice
 from echelon.planners.base import Planner, StatelessPlanner
 from echelon.planners.choosing import Choices, Reviews, unpack
 from echelon.planners.hungarian import Hungarian
 from echelon.planners.llm import LLMPlanner
 from echelon.rollout import TeamWorlds
-from echelon.subgoals import FEATURES, Plan, PlanRequest, SubgoalTracker
+from echelon.subgoals import EXCLUSIVE, FEATURES, Plan, PlanRequest, SubgoalTracker
 
 __all__ = [
     "FEATURES_OF_A_TURN",
@@ -32,6 +36,7 @@ __all__ = [
     "Lessons",
     "TurnRecorder",
     "decisions_of",
+    "imitation_update",
     "keeping",
     "targets_of",
     "turn_features",
@@ -44,27 +49,34 @@ FEATURES_OF_A_TURN = FEATURES + _OWN + len(_WORLDS)
 """What critics of a planner see of an agent's turn; the same in every world, whatever its size."""
 
 
-def turn_features(worlds: TeamWorlds) -> NDArray[np.float32]:
-    """What critics see now in `worlds`, a team with subgoals, float32 `(W, A, FEATURES_OF_A_TURN)`.
+def turn_features(worlds: TeamWorlds, rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+    """What critics see now in the worlds `rows` (n of them; all if not given) of a team with subgoals, float32
+    `(n, A, FEATURES_OF_A_TURN)`.
 
     The subgoal in flight as executors see it; time left, and what is left to do, also for each agent; the share of the
     team that has nothing to do; whether the agent carries something; agents (in sixteenths); and which world it is.
     """
     env, tracker = worlds.env, worlds.tracker
     assert tracker is not None
-    out = np.zeros((env.num_envs, env.num_agents, FEATURES_OF_A_TURN), np.float32)
-    out[..., :FEATURES] = tracker.features * SubgoalTracker.scale
-    left = 1 - env.steps / env.limit
-    undone = 1 - worlds.task_return / env.goals
+    kind = tracker.kind[rows]
+    out = np.zeros((*kind.shape, FEATURES_OF_A_TURN), np.float32)
+    out[..., :FEATURES] = tracker.features[rows] * SubgoalTracker.scale
+    left = 1 - env.steps[rows] / env.limit
+    undone = 1 - worlds.task_return[rows] / env.goals
     out[..., FEATURES] = left[:, None]
     out[..., FEATURES + 1] = undone[:, None]
     out[..., FEATURES + 2] = (undone * env.goals / env.num_agents / 4)[:, None]
-    out[..., FEATURES + 3] = (tracker.kind <= 0).mean(1)[:, None]
-    out[..., FEATURES + 4] = env.carrying >= 0
+    out[..., FEATURES + 3] = (kind <= 0).mean(1)[:, None]
+    out[..., FEATURES + 4] = env.carrying[rows] >= 0
     out[..., FEATURES + 5] = env.num_agents / 16
     if env.name in _WORLDS:
         out[..., FEATURES + _OWN + _WORLDS.index(env.name)] = 1
     return out
+
+
+def _reward(env: GridEnv[Any]) -> NDArray[np.float32]:
+    """The planner's reward of the last step, float32 `(W,)`."""
+    return np.asarray(env.reward / env.goals - 1 / env.limit)
 
 
 def decisions_of(planner: LLMPlanner, choices: Sequence[Choices], reviews: Sequence[Reviews]) -> Decisions:
@@ -171,9 +183,8 @@ class TurnRecorder(_Listener):
         self._before = turn_features(self.worlds)
         self._turn = np.full((W, A), -1, np.int64)  # the number of the turn under way
         self._path = np.full((W, A), -1, np.int64)  # … of the trajectory
-        self._heard = [0, 0]
+        self._told = {"choices": (0, 0), "reviews": (0, 0)}  # how many batches, and decisions, have got their numbers
         self._started: list[tuple[Any, ...]] = []
-        self._reward: list[NDArray[np.float32]] = []
         self._count = self._paths = 0
         self._size = 1024
         self._gained, self._took = np.zeros(self._size), np.zeros(self._size, np.int64)
@@ -184,7 +195,7 @@ class TurnRecorder(_Listener):
         """After `worlds.advance`: what the step brought, and how things stand."""
         env = self.worlds.env
         self._before = turn_features(self.worlds)
-        reward = env.reward / env.goals - 1 / env.limit
+        reward = _reward(env)
         w, a = np.nonzero(self._turn >= 0)
         turn = self._turn[w, a]
         self._gained[turn] += self.gamma ** self._took[turn] * reward[w]
@@ -203,24 +214,16 @@ class TurnRecorder(_Listener):
 
     def settled(self, ended: NDArray[np.bool_]) -> None:
         """After `worlds.settle`: who begins a turn."""
-        worlds, (W, A) = self.worlds, self._turn.shape
+        worlds = self.worlds
         assert worlds.tracker is not None
-        after = turn_features(worlds)
-        choice, review = np.full((W, A), -1, np.int64), np.full((W, A), -1, np.int64)
-        row = sum(len(c.world) for c in self.choices[: self._heard[0]])
-        for c in self.choices[self._heard[0] :]:
-            choice[c.world, c.agent] = row + np.arange(len(c.world))  # of several tries the last
-            row += len(c.world)
-        row = sum(len(r.world) for r in self.reviews[: self._heard[1]])
-        for r in self.reviews[self._heard[1] :]:
-            review[r.world, r.agent] = row + np.arange(len(r.world))
-            row += len(r.world)
-        self._heard = [len(self.choices), len(self.reviews)]
+        choice, review = self._newest("choices"), self._newest("reviews")
         given = (worlds.tracker.age == 0) & (worlds.tracker.kind >= 0) & worlds.active[:, None]
         w, a = np.nonzero(given | (review >= 0))
         if not len(w):
             return
-        before = np.where(ended[w, None], after[w, a], self._before[w, a])
+        rows, at = np.unique(w, return_inverse=True)
+        after = turn_features(worlds, rows)[at, a]
+        before = np.where(ended[w, None], after, self._before[w, a])
         fresh = ended[w] | (self._path[w, a] < 0)
         before[ended[w], :FEATURES] = 0  # a new episode begins without a subgoal
         self._path[w[fresh], a[fresh]] = self._paths + np.arange(int(fresh.sum()))
@@ -233,7 +236,18 @@ class TurnRecorder(_Listener):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
         self._turn[w, a] = number
-        self._started.append((self._path[w, a], given[w, a], before, after[w, a], choice[w, a], review[w, a]))
+        self._started.append((self._path[w, a], given[w, a], before, after, choice[w, a], review[w, a]))
+
+    def _newest(self, what: str) -> NDArray[np.int64]:
+        """The number of the newest "choices" or "reviews" of each agent since this was last asked; -1 if none."""
+        found = np.full(self._turn.shape, -1, np.int64)
+        heard: list[Choices] | list[Reviews] = getattr(self, what)
+        batches, number = self._told[what]
+        for made in heard[batches:]:
+            found[made.world, made.agent] = number + np.arange(len(made.world))  # of several tries the last
+            number += len(made.world)
+        self._told[what] = len(heard), number
+        return found
 
     def finish(self) -> tuple[Turns, Decisions]:
         """Stop recording: the turns, and the decisions that they name."""
@@ -261,12 +275,11 @@ class TurnRecorder(_Listener):
         order = np.argsort(path, kind="stable")
         order = order[took[order] > 0]
         review = np.where(review >= 0, review + chosen, -1)
-        kept = order
-        numbers, path = np.unique(path[kept], return_inverse=True)
+        numbers, path = np.unique(path[order], return_inverse=True)
         return Turns(
-            path.astype(np.int64), self._gained[:n][kept].astype(np.float32), given[kept], self._done[:n][kept],
-            before[kept].astype(np.float32), after[kept], last[numbers],
-            np.where(given[kept], choice[kept], -1), review[kept], took[kept],
+            path.astype(np.int64), self._gained[:n][order].astype(np.float32), given[order], self._done[:n][order],
+            before[order].astype(np.float32), after[order], last[numbers],
+            np.where(given[order], choice[order], -1), review[order], took[order],
         ), decisions  # fmt: skip
 
 
@@ -278,7 +291,13 @@ def _some(made: _Made, which: NDArray[np.bool_]) -> _Made:
 
 
 class EpisodeRecorder(_Listener):
-    """The first episode of each world after `begin`: what was decided, what came of it, and who was given what."""
+    """The first episode of each world after `begin`: what was decided, what came of it, and who was given what.
+
+    Attributes:
+        scores: float32 `(W,)`, the sum of the planner's rewards.
+        running: bool `(W,)`, the worlds whose first episode isn't over.
+        blueprint: int16 `(W, A, limit, 2)`, each agent's subgoals in order, as (kind, task), kind -1 past the last.
+    """
 
     def __init__(self, worlds: TeamWorlds, planner: LLMPlanner, *, rest: bool = True) -> None:
         """Record what `planner` does in `worlds`; nobody plans for worlds whose episode is over, if they `rest`."""
@@ -291,7 +310,9 @@ class EpisodeRecorder(_Listener):
         W, A = self.worlds.env.num_envs, self.worlds.env.num_agents
         self.scores = np.zeros(W, np.float32)
         self.running = np.ones(W, bool)
-        self.blueprint: list[list[list[tuple[int, int]]]] = [[[] for _ in range(A)] for _ in range(W)]
+        # A subgoal a step at most.
+        self.blueprint = np.full((W, A, self.worlds.env.limit, 2), -1, np.int16)
+        self._given = np.zeros((W, A), np.int64)
         # Where worlds go on, what is decided in their next episodes isn't this one's.
         self.planner.on_choices = lambda c: self.choices.append(_some(c, self.running[c.world]))
         self.planner.on_reviews = lambda r: self.reviews.append(_some(r, self.running[r.world]))
@@ -303,14 +324,14 @@ class EpisodeRecorder(_Listener):
         """
         tracker = self.worlds.tracker
         assert tracker is not None
-        new = (tracker.age == 0) & (tracker.kind >= 0) & self.running[:, None]
-        for w, a in zip(*(x.tolist() for x in np.nonzero(new)), strict=True):
-            self.blueprint[w][a].append((int(tracker.kind[w, a]), int(tracker.task[w, a])))
+        w, a = np.nonzero((tracker.age == 0) & (tracker.kind >= 0) & self.running[:, None])
+        self.blueprint[w, a, self._given[w, a]] = np.stack([tracker.kind[w, a], tracker.task[w, a]], 1)
+        self._given[w, a] += 1
 
     def acted(self) -> None:
         """After `worlds.advance`."""
         env = self.worlds.env
-        self.scores[self.running] += (env.reward / env.goals - 1 / env.limit)[self.running]
+        self.scores[self.running] += _reward(env)[self.running]
         self.running &= ~(env.terminated | env.truncated)
         if self.rest:
             self.worlds.active = self.running.copy()
@@ -338,18 +359,18 @@ class Blueprints(StatelessPlanner):
 
     Attributes:
         inner: who plans where the blueprint has ended.
-        plans: by world and agent the subgoals, as (kind, task).
+        plans: int16 `(W, A, L, 2)`, each agent's subgoals as (kind, task), kind -1 past the last.
         worlds: the team that carries them out, again and again.
     """
 
     inner: Planner
-    plans: list[list[list[tuple[int, int]]]]
+    plans: NDArray[np.int16]
     worlds: TeamWorlds
     name: str = "blueprint"
 
     def __post_init__(self) -> None:
         self.needs_distance = self.inner.needs_distance
-        self._at = np.zeros((len(self.plans), max((len(p) for p in self.plans), default=0)), np.int64)
+        self._at = np.zeros(self.plans.shape[:2], np.int64)
 
     def acted(self) -> None:
         """After `worlds.advance`: who is done begins again."""
@@ -362,17 +383,7 @@ class Blueprints(StatelessPlanner):
         """The next subgoal of each agent's blueprint that can still be done; `inner`'s for the others."""
         c, taken = request.candidates, request.taken.copy()
         choice = np.full(request.need.shape, -1, np.int64)
-        for i, a in zip(*(x.tolist() for x in np.nonzero(request.need)), strict=True):
-            world = int(request.rows[i])
-            steps = self.plans[world][a]
-            while choice[i, a] < 0 and self._at[world, a] < len(steps):
-                kind, task = steps[self._at[world, a]]
-                self._at[world, a] += 1
-                fits = np.flatnonzero((c.kind[i, a] == kind) & (c.task[i, a] == task) & ~request.refused[i, a])
-                if len(fits) and not (request.is_exclusive(kind) and task >= 0 and taken[i, task]):
-                    choice[i, a] = fits[0]
-                    if request.is_exclusive(kind) and task >= 0:
-                        taken[i, task] = True
+        _follow(request.need, request.rows, self.plans, self._at, c.kind, c.task, request.refused, taken, choice)
         plan = Plan.chosen(request, choice)
         left = request.need & (choice < 0)
         if left.any():
@@ -380,6 +391,26 @@ class Blueprints(StatelessPlanner):
             for name in ("kind", "cell", "task"):
                 getattr(plan, name)[left] = getattr(more, name)[left]
         return plan
+
+
+@numba.njit(cache=True)
+def _follow(need, rows, plans, at, kind, task, refused, taken, choice):  # type: ignore[no-untyped-def]
+    """Choose the next subgoal of each agent's list that can still be done, and move on in the list (`at`)."""
+    for i in range(need.shape[0]):
+        for a in range(need.shape[1]):
+            if not need[i, a]:
+                continue
+            w = rows[i]
+            while choice[i, a] < 0 and at[w, a] < plans.shape[2] and plans[w, a, at[w, a], 0] >= 0:
+                k, t = plans[w, a, at[w, a]]
+                at[w, a] += 1
+                for c in range(kind.shape[2]):
+                    if kind[i, a, c] == k and task[i, a, c] == t and not refused[i, a, c]:
+                        if not EXCLUSIVE[k] or t < 0:
+                            choice[i, a] = c
+                        elif not taken[i, t]:
+                            choice[i, a], taken[i, t] = c, True
+                        break
 
 
 class Lessons(StatelessPlanner):
@@ -400,3 +431,33 @@ class Lessons(StatelessPlanner):
         if (lesson := self.learner.lesson(request, plan, preference)) is not None:
             self.choices.append(lesson)
         return plan
+
+    def told(self, *, softness: float, reviews: bool) -> tuple[Decisions, NDArray[Any]]:
+        """The lessons so far, and what imitation of each aims at.
+
+        Args:
+            softness: see `targets_of`.
+            reviews: whether keeping a subgoal is taught, too (see `keeping`).
+        """
+        targets = targets_of(self.choices, self.learner.max_options, softness=softness)
+        if reviews:
+            return keeping(self.learner, self.choices, targets)
+        return decisions_of(self.learner, self.choices, []), targets
+
+
+def imitation_update(
+    policy: LearningChoice, lessons: Decisions, targets: NDArray[Any], step: int, *, count: int, batch: int, key: int
+) -> dict[str, float]:
+    """Update `step` of `count` by imitation: a function of these, `key` and the policy; what to log.
+
+    Args:
+        policy: who learns; its learning rate follows the schedule of a warm start (`ChoicePolicy.warm_up`).
+        lessons, targets: at least one, as `Lessons.told` gives them.
+        step: from 0.
+        count: updates in all.
+        batch: decisions of each.
+        key: decides their order.
+    """
+    policy.warm_up(step, count)
+    epochs = -(-count // -(-len(lessons) // batch))
+    return imitate(policy, lessons, targets, batch=batch, epochs=epochs, key=key, first=step, last=step + 1)[0]

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from echelon._files import JsonLines, atomic_write_text, only_writer, read_json, remove_leftovers
-from echelon.algorithms.decisions import Decisions, imitate
+from echelon.algorithms.decisions import Decisions
 from echelon.algorithms.himac import HiMAC, HiMACConfig
 from echelon.algorithms.hiper import HiPER, HiPERConfig, Turns
 from echelon.building import save_planner
@@ -31,9 +32,7 @@ from echelon.growing import (
     EpisodeRecorder,
     Lessons,
     TurnRecorder,
-    decisions_of,
-    keeping,
-    targets_of,
+    imitation_update,
 )
 from echelon.llm.distributed import cores, shared_policy
 from echelon.llm.policy import ChoicePolicy, PolicyConfig
@@ -42,7 +41,8 @@ from echelon.planners import make_rule_planner
 from echelon.planners.base import Planner
 from echelon.planners.llm import LEARNED_PROMPTS, TEMPLATES, LLMPlanner
 from echelon.rng import spawn_keys
-from echelon.rollout import TeamWorlds
+from echelon.rollout import TeamWorlds, first_episodes
+from echelon.rollouts import Watch
 from echelon.subgoals import FEATURES, SubgoalConfig
 
 __all__ = ["PRESETS", "PlannerConfig", "PlannerTrainer", "join_turns", "random_scene"]
@@ -200,7 +200,7 @@ class PlannerTrainer:
             self.learner = HiPER(config.hiper, self.policy, FEATURES_OF_A_TURN, config.seed)
         self.stage, self.step, self.seconds, self._size = "imitation", 0, 0.0, 0
         self.steps_played = self.decisions_made = 0
-        self._lessons: Decisions | None = None
+        self._lessons: tuple[Decisions, NDArray[Any]] | None = None  # with what imitation of them aims at
         if checkpoint is not None:
             self._load(checkpoint)
         with only_writer(folder):
@@ -247,49 +247,42 @@ class PlannerTrainer:
         if self.step >= c.imitation:
             self._begin_reinforcement()
             return None
-        lessons = self._lessons = self._lessons if self._lessons is not None else self._watch_teacher()
-        self.policy.warm_up(self.step, c.imitation)
+        if self._lessons is None:
+            self._lessons = self._watch_teacher()
         key = int(spawn_keys(c.seed, (31,), 1)[0])
-        epochs = -(-c.imitation // -(-len(lessons) // c.batch))
-        told = imitate(self.policy, lessons, self._targets, batch=c.batch, epochs=epochs, key=key,
-                       first=self.step, last=self.step + 1)  # fmt: skip
+        told = imitation_update(self.policy, *self._lessons, self.step, count=c.imitation, batch=c.batch, key=key)
         self.step += 1
-        return {"stage": "imitation", "step": self.step, **told[0]}
+        return {"stage": "imitation", "step": self.step, **told}
 
-    def _watch_teacher(self) -> Decisions:
-        """What the teacher chose in many scenes."""
-        c, choices = self.config, []
+    def _watch_teacher(self) -> tuple[Decisions, NDArray[Any]]:
+        """What the teacher chose in many scenes, and what imitation of it aims at."""
+        c = self.config
+        lessons = Lessons(make_rule_planner(c.teacher), self.planner)
         self.steps_played = 0  # a training that goes on watches once more
         for k in range(c.lessons):
             rng = self._rng(32, k)
-            lessons = Lessons(make_rule_planner(c.teacher), self.planner)
             worlds = self._worlds(random_scene(k, c, rng), 16, rng, lessons)
             worlds.start()
-            self._play(worlds, lambda: None, lambda ended: None)
-            choices += lessons.choices
-        self._targets = targets_of(choices, self.planner.max_options, softness=c.softness)
-        if c.review:
-            decisions, self._targets = keeping(self.planner, choices, self._targets)
-            return decisions
-        return decisions_of(self.planner, choices, [])
+            self._play(worlds)
+        if not lessons.choices:
+            raise EchelonError(f"lessons is {c.lessons}: {c.teacher} never had a choice in these scenes; watch more")
+        return lessons.told(softness=c.softness, reviews=bool(c.review))
 
     def _begin_reinforcement(self) -> None:
-        self.stage, self.step = ("reinforcement", 0) if self.learner is not None else ("done", 0)
+        goes_on = self.learner is not None and self.config.iterations > 0
+        self.stage, self.step = "reinforcement" if goes_on else "done", 0
         if self.config.imitation:
             self.save_planner(self.folder / "imitated")
         self._lessons = None
         self.policy.warm_up(0, 0)
         self.policy.anchor()
         self.planner.forget()
-        if self.config.iterations == 0:
-            self.stage = "done"
 
     # -- reinforcement ---------------------------------------------------------------------------
 
     def _reinforce(self) -> dict[str, Any]:
         """Play some scenes, and learn from what the plans brought."""
         c = self.config
-        began = time.perf_counter()
         assert self.learner is not None
         parts: list[Decisions] = []
         turns: list[Turns] = []
@@ -310,7 +303,7 @@ class PlannerTrainer:
             else:
                 worlds.start()
                 watch.settled(np.ones(c.worlds, bool))
-            won, took = self._play(worlds, watch.acted, watch.settled)
+            won, took = self._play(worlds, watch)
             success.append(won.mean())
             makespan.append(took.mean())
             if isinstance(watch, EpisodeRecorder):
@@ -323,8 +316,7 @@ class PlannerTrainer:
                 turns.append(own)
             parts.append(decisions)
             asked += [*(x.places for x in watch.choices), *(x.place for x in watch.reviews)]
-        self._count(parts)
-        played = time.perf_counter()
+        self.decisions_made += sum(len(p) for p in parts)
         if isinstance(self.learner, HiMAC):
             told = self.learner.macro(
                 Decisions.join(parts), np.concatenate(episodes), np.concatenate(scores), np.concatenate(groups)
@@ -335,13 +327,9 @@ class PlannerTrainer:
         self.step += 1
         if self.step >= c.iterations:
             self.stage = "done"
-        self._took = (played - began, time.perf_counter() - played)
         return {"stage": "reinforcement", "step": self.step, "tsr": float(np.mean(success)),
                 "makespan": float(np.mean(makespan)), "env_steps": self.steps_played,
                 "decisions": self.decisions_made, **told}  # fmt: skip
-
-    def _count(self, parts: list[Decisions]) -> None:
-        self.decisions_made += sum(len(p) for p in parts)
 
     def _worlds(self, env: GridConfig, count: int, rng: np.random.Generator, planner: Planner) -> TeamWorlds:
         seed = int(rng.integers(1 << 31))
@@ -350,20 +338,11 @@ class PlannerTrainer:
         config = SubgoalConfig(review=self.config.review)
         return TeamWorlds(worlds, everywhere, config, gamma=0.99, seed=seed)
 
-    def _play(self, worlds: TeamWorlds, acted: Callable[[], None], settled: Callable[[Any], None]) -> tuple[Any, Any]:
-        """Every world's first episode: success (bool) and makespan (steps) of each."""
-        executor, env = PIBTExecutor(worlds), worlds.env
-        running, won = np.ones(env.num_envs, bool), np.zeros(env.num_envs, bool)
-        took = np.full(env.num_envs, env.limit)
-        while running.any():
-            worlds.advance(executor.act(worlds))
-            acted()
-            ended = running & (env.terminated | env.truncated)
-            won[ended], took[ended] = env.terminated[ended], env.steps[ended]
-            running &= ~ended
-            self.steps_played += env.num_envs
-            worlds.active = running.copy()
-            settled(worlds.settle())
+    def _play(self, worlds: TeamWorlds, watch: Watch | None = None) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Every world's first episode under classical executors: success and makespan (steps) of each."""
+        hooks = () if watch is None else (watch.acted, watch.settled)
+        won, took = first_episodes(worlds, PIBTExecutor(worlds).act, *hooks)
+        self.steps_played += int(took.max()) * len(took)
         return won, took
 
     def _rng(self, stream: int, number: int) -> np.random.Generator:

@@ -6,7 +6,7 @@ import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,33 @@ from numpy.typing import NDArray
 from echelon.envs.base import GridEnv, SubgoalKind, subgoal_text
 from echelon.pending import PendingPlans, Ticket
 from echelon.planners.base import ModelPlanner, Planner
-from echelon.planners.llm import LLMPlanner
 from echelon.planners.nearest import nearest_choice
 from echelon.planners.recorded import RecordedPlanner
 from echelon.subgoals import Counts, Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
 
-__all__ = ["Episodes", "PlanTrace", "TeamWorlds"]
+__all__ = ["Episodes", "PlanTrace", "Reviewer", "TeamWorlds", "first_episodes"]
+
+
+@runtime_checkable
+class Reviewer(Protocol):
+    """What else a planner has that can be asked to keep a subgoal or take it back."""
+
+    @property
+    def reviews(self) -> bool:
+        """Whether it can be, as it is set up."""
+        ...
+
+    def review(
+        self, request: PlanRequest, kind: NDArray[np.int8], task: NDArray[np.int16], keys: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
+        """Which of the agents `request.need` are to choose a subgoal anew, bool `(n, A)`.
+
+        Args:
+            request: as for a plan, with path lengths.
+            kind, task: int8 and int16 `(n, A)`, the subgoals in flight.
+            keys: uint64 `(n, A)`, random bits.
+        """
+        ...
 
 
 @dataclass
@@ -268,7 +289,7 @@ class TeamWorlds:
         agents = np.arange(env.num_agents)
         old = (tracker.age > 0) & (tracker.age % self.config.review == 0) & (tracker.kind > 0) & ~tracker.need
         for planner, mine in self.planners:
-            if isinstance(planner, LLMPlanner) and planner.reviews:
+            if isinstance(planner, Reviewer) and planner.reviews:
                 rows = np.flatnonzero((old & self.active[:, None]).any(1) & mine)
                 if len(rows):
                     request = tracker.request(rows, distance=True, again=old[rows])
@@ -592,6 +613,38 @@ class TeamWorlds:
             own = {k.removeprefix(f"planner.{n}."): v for k, v in state.items() if k.startswith(f"planner.{n}.")}
             if own:
                 planner.load_arrays(own)
+
+
+def first_episodes(
+    worlds: TeamWorlds,
+    act: Callable[[TeamWorlds], NDArray[np.int8]],
+    acted: Callable[[], None] = lambda: None,
+    settled: Callable[[NDArray[np.bool_]], None] = lambda ended: None,
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Play the first episode of each world; nobody plans any more for worlds whose episode is over.
+
+    Args:
+        worlds: episodes begin now: behind `start` or `begin_together`.
+        act: moves for all agents of all worlds, int8 `(W, A)`.
+        acted: called after each `worlds.advance`, when `worlds.active` are still those that took this step.
+        settled: called after each `worlds.settle` with the worlds that it found finished, bool `(W,)`; `worlds.active`
+            are then those that play on.
+
+    Returns:
+        Whether all tasks were done in time, bool `(W,)`, and the steps that the episode took, int64 `(W,)`.
+    """
+    env = worlds.env
+    running, success = np.ones(env.num_envs, bool), np.zeros(env.num_envs, bool)
+    steps = np.zeros(env.num_envs, np.int64)
+    while running.any():
+        worlds.advance(act(worlds))
+        acted()
+        ended = running & (env.terminated | env.truncated)
+        success[ended], steps[ended] = env.terminated[ended], env.steps[ended]
+        running &= ~ended
+        worlds.active = running.copy()
+        settled(worlds.settle())
+    return success, steps
 
 
 _Told = tuple[list[tuple[Plan, NDArray[np.bool_], NDArray[np.int8]]], NDArray[np.bool_], NDArray[np.int8]]

@@ -17,7 +17,7 @@ from echelon.evaluation.recording import Recorder
 from echelon.evaluation.statistics import mean_interval, wilson
 from echelon.planners.base import ModelPlanner
 from echelon.rng import spawn_keys
-from echelon.rollout import PlanTrace, TeamWorlds
+from echelon.rollout import PlanTrace, TeamWorlds, first_episodes
 from echelon.subgoals import BESIDE
 
 __all__ = ["EpisodeResults", "evaluate", "evaluation_seed"]
@@ -155,27 +155,23 @@ def _play(
     report: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    env = worlds.env
-    n = env.num_envs
-    running = np.ones(n, bool)
-    success, steps = np.zeros(n, bool), np.zeros(n, np.int64)
+    env, n = worlds.env, worlds.env.num_envs
     collisions, task_return = np.zeros(n, np.int64), np.zeros(n)
-    if recorder is not None:
-        recorder.frame(worlds, running)
-    while running.any():
-        worlds.advance(act(worlds, greedy=greedy))
+
+    def acted() -> None:
+        running = worlds.active
         collisions[running] += env.collisions[running]
         task_return[running] += env.reward[running]
-        ended = running & (env.terminated | env.truncated)
-        success[ended], steps[ended] = env.terminated[ended], env.steps[ended]
         if recorder is not None:
-            recorder.frame(worlds, ended)
-        running &= ~ended
-        # A world whose episode is over goes on, but nobody plans for it any more.
-        worlds.active = running
-        worlds.settle()
+            recorder.frame(worlds, running & (env.terminated | env.truncated))
+
+    def settled(ended: NDArray[np.bool_]) -> None:
         if recorder is not None:
-            recorder.frame(worlds, running)
-        report(n - int(running.sum()), n)
+            recorder.frame(worlds, worlds.active)
+        report(n - int(worlds.active.sum()), n)
         _stop_if(should_stop)
+
+    if recorder is not None:
+        recorder.frame(worlds, np.ones(n, bool))
+    success, steps = first_episodes(worlds, lambda worlds: act(worlds, greedy=greedy), acted, settled)
     return success, steps, collisions, task_return

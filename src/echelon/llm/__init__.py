@@ -3,6 +3,7 @@
 transformers is imported only when a local model is loaded or converted.
 """
 
+from echelon.llm._loading import locate
 from echelon.llm.budget import Budget, BudgetConfig, BudgetedChoice, BudgetedText
 from echelon.llm.causal_text import CausalTextModel
 from echelon.llm.choice import CausalChoiceModel, ChoiceModel, ChoicePrompt, ChoiceScores
@@ -48,6 +49,7 @@ __all__ = [
     "TokenSample",
     "clean",
     "lines",
+    "locate",
     "option_lines",
     "resolve",
     "resolve_gguf",

@@ -157,7 +157,7 @@ class CausalChoiceModel:
         """Load a model from the store, a folder or the hub.
 
         Args:
-            spec: a known model's name or `hf:<folder or id>`, also of a LoRA adapter, see `_loading.locate`.
+            spec: a known model's name or `hf:<folder or id>`, also of a LoRA adapter, see `llm.locate`.
             store: where fetched models are; the default store if None.
             dtype: "auto" is bfloat16 where the device computes in it, else float32.
             device: "auto" is a GPU where torch finds one, else the processor. A GPU seldom gives a row of a batch

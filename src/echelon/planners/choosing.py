@@ -30,7 +30,6 @@ __all__ = [
     "contexts",
     "draw",
     "draws",
-    "join",
     "list_open",
     "look_up",
     "pack",
@@ -187,6 +186,14 @@ def _skips_tools(kind, task, distance, refused, taken):  # type: ignore[no-untyp
 
 
 @numba.njit(cache=True)
+def _give(i, a, c, kind, task, taken, choice):  # type: ignore[no-untyped-def]
+    """Let agent `a` of row `i` have the candidate `c` (-1: nothing), and nobody else, if it is for one only."""
+    choice[i, a] = c
+    if c >= 0 and task[i, a, c] >= 0 and EXCLUSIVE[kind[i, a, c]]:
+        taken[i, task[i, a, c]] = True
+
+
+@numba.njit(cache=True)
 def list_open(need, kind, task, distance, refused, taken, spare, options, count, choice):  # type: ignore[no-untyped-def]
     """Write each needing agent's nearest open candidates into `options`, in their order; a single one is chosen."""
     most = options.shape[2]
@@ -213,10 +220,7 @@ def list_open(need, kind, task, distance, refused, taken, spare, options, count,
             found[:n].sort()
             count[i, a] = n
             if n == 1:
-                choice[i, a] = found[0]
-                t = task[i, a, found[0]]
-                if t >= 0 and EXCLUSIVE[kind[i, a, found[0]]]:
-                    taken[i, t] = True
+                _give(i, a, found[0], kind, task, taken, choice)
 
 
 @numba.njit(cache=True)
@@ -288,31 +292,6 @@ def _nearest_left(kind, task, distance, refused, taken, spare):  # type: ignore[
 
 
 @numba.njit(cache=True)
-def join(  # type: ignore[no-untyped-def]
-    who, options, count, logprobs, kind, task, distance, refused, taken, spare, choice
-):
-    """Let the agents `who` choose, the surest first (of equals the first agent), so that no task is given twice."""
-    for i in range(who.shape[0]):
-        left = who[i].copy()
-        while True:
-            a = _surest(left, count[i], logprobs[i])
-            if a < 0:
-                break
-            left[a] = False
-            pick, most = -1, -np.inf
-            for k in range(count[i, a]):
-                c = options[i, a, k]
-                t = task[i, a, c]
-                if not (t >= 0 and taken[i, t]) and (pick < 0 or logprobs[i, a, k] > most):
-                    pick, most = c, logprobs[i, a, k]
-            if pick < 0:
-                pick = _nearest_left(kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i], spare)
-            choice[i, a] = pick
-            if pick >= 0 and task[i, a, pick] >= 0 and EXCLUSIVE[kind[i, a, pick]]:
-                taken[i, task[i, a, pick]] = True
-
-
-@numba.njit(cache=True)
 def agree(  # type: ignore[no-untyped-def]
     who, options, count, logprobs, kind, task, distance, refused, taken, spare, choice
 ):
@@ -344,17 +323,11 @@ def agree(  # type: ignore[no-untyped-def]
                     cost[r, column], pick[r, column] = price, c
         column = assign(cost)
         for r in range(n):
-            c = pick[r, column[r]]
-            a = asking[r]
-            choice[i, a] = c
-            if c >= 0 and task[i, a, c] >= 0 and EXCLUSIVE[kind[i, a, c]]:
-                taken[i, task[i, a, c]] = True
+            _give(i, asking[r], pick[r, column[r]], kind, task, taken, choice)
         for a in asking:
             if choice[i, a] < 0:
                 c = _nearest_left(kind[i, a], task[i, a], distance[i, a], refused[i, a], taken[i], spare)
-                choice[i, a] = c
-                if c >= 0 and task[i, a, c] >= 0 and EXCLUSIVE[kind[i, a, c]]:
-                    taken[i, task[i, a, c]] = True
+                _give(i, a, c, kind, task, taken, choice)
 
 
 @numba.njit(cache=True)
@@ -362,11 +335,12 @@ def draw(  # type: ignore[no-untyped-def]
     who, options, count, logprobs, kind, task, distance, refused, taken, spare, keys, explore, choice, column, still,
     logp,
 ):  # fmt: skip
-    """As `join`, but drawn (by the random bits `keys`) among what is still open, if `explore`; and what was chosen.
+    """Let the agents `who` choose, the surest first (of equals the first agent), so that no task is given twice.
 
-    Writes the option (`column`, -1 where there was no choice), the options that were open (`still`) and the chosen
-    one's log-probability among them (`logp`). The order of a team's agents is part of what is given, not of what is
-    chosen.
+    Each takes the most probable option that is still open or, if it is to `explore`, draws one by the random bits
+    `keys`; who finds none open takes the nearest that nobody was asked about, or waits. Writes the option (`column`,
+    -1 where there was no choice), the options that were open (`still`) and the chosen one's log-probability among them
+    (`logp`). The order of a team's agents is part of what is given, not of what is chosen.
     """
     for i in range(who.shape[0]):
         left = who[i].copy()
@@ -401,6 +375,4 @@ def draw(  # type: ignore[no-untyped-def]
                 if n > 1 and total > 0:
                     column[i, a] = chosen
                     logp[i, a] = logprobs[i, a, chosen] - np.log(total)
-            choice[i, a] = pick
-            if pick >= 0 and task[i, a, pick] >= 0 and EXCLUSIVE[kind[i, a, pick]]:
-                taken[i, task[i, a, pick]] = True
+            _give(i, a, pick, kind, task, taken, choice)

@@ -31,7 +31,6 @@ from echelon.planners.choosing import (
     contexts,
     draw,
     draws,
-    join,
     list_open,
     look_up,
     pack,
@@ -345,13 +344,12 @@ class LLMPlanner(ModelPlanner):
         args = (c.kind, c.task, request.distance, request.refused, q.taken, self.spare_tools)
         if self.reviews and not self.explore:
             agree(who, q.options, q.count, logprobs, *args, q.choice)
-        elif self._rated and (self.explore or self.on_choices is not None):
-            column, still, logp = np.full(who.shape, -1), np.zeros(q.options.shape, bool), np.zeros(who.shape)
-            draw(who, q.options, q.count, logprobs, *args, request.keys, self.explore, q.choice, column, still, logp)
-            if self.on_choices is not None:
-                self.on_choices(self._choices(request, q, column, still, logp))
         else:
-            join(who, q.options, q.count, logprobs, *args, q.choice)
+            column, still, logp = np.full(who.shape, -1), np.zeros(q.options.shape, bool), np.zeros(who.shape)
+            explore = self.explore and self._rated
+            draw(who, q.options, q.count, logprobs, *args, request.keys, explore, q.choice, column, still, logp)
+            if self._rated and self.on_choices is not None:
+                self.on_choices(self._choices(request, q, column, still, logp))
         plan = Plan.chosen(request, q.choice)
         plan.kind[unanswered] = -1
         plan.probability = np.zeros(c.kind.shape, np.float32)
