@@ -15,11 +15,11 @@ ROOT = Path(echelon.__file__).parent
 # package's files may use their package's `base`-like shared parts, named in SHARED.
 LAYERS = [
     {"errors", "rng", "_files"},
-    {"envs"},
+    {"envs", "tasks"},
     {"subgoals", "_subgoal_kernels"},
     {"llm"},
     {"planners"},
-    {"advantages", "advantages_torch", "networks", "buffers", "mixing", "pibt"},
+    {"advantages", "advantages_teams", "advantages_torch", "networks", "buffers", "mixing", "pibt"},
     {"algorithms"},
     {
         "methods",
@@ -35,18 +35,23 @@ LAYERS = [
         "planner_training",
         "rollouts",
         "coevolution",
+        "team_configs",
+        "team_rollouts",
+        "team_training",
+        "robot_tasks",
     },
     {"evaluation"},
     {"studies"},
     {"reports"},
-    {"cli", "cli_planner", "cli_studies", "console", "fetching", "flags"},
+    {"cli", "cli_planner", "cli_studies", "cli_teams", "console", "fetching", "flags"},
     {"__main__"},
 ]
 SHARED = {
     "envs": {"base", "kernels", "maps", "scenes"},
+    "tasks": {"_data", "base", "sandbox"},
     # Parts that planners are put together from; `frugal` is the one that does it.
     "planners": {"base", "choosing", "hungarian", "replies", "student", "symmetry", "plan_cache", "distilled"},
-    "algorithms": {"actor", "base", "decisions"},
+    "algorithms": {"actor", "base", "decisions", "team_critics", "teams"},
 }
 SEVENTH = {
     "methods",
@@ -62,16 +67,23 @@ SEVENTH = {
     "planner_training",
     "rollouts",
     "coevolution",
+    "team_configs",
+    "team_rollouts",
+    "team_training",
+    "robot_tasks",
 }
-ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels"}
+ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels", "advantages", "advantages_teams"}
 FORBIDDEN = {
     "envs": {"torch", "transformers"},
+    "tasks": {"torch", "transformers"},
     "subgoals": {"torch"},
     "advantages": {"torch"},
+    "advantages_teams": {"torch"},
     "algorithms": {"rich", "tyro"},
     "training": {"rich", "tyro"},
     "coevolution": {"rich", "tyro"},
     "planner_training": {"rich", "tyro"},
+    "team_training": {"rich", "tyro"},
 }
 
 

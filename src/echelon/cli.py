@@ -15,8 +15,9 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import echelon
-from echelon import cli_planner, cli_studies
+from echelon import cli_planner, cli_studies, cli_teams
 from echelon._files import atomic_write_text
+from echelon.algorithms.teams import team_algorithms
 from echelon.configs import RunConfig
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
@@ -25,6 +26,7 @@ from echelon.flags import env_flags, parse, run_flags, run_folder
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method, methods
+from echelon.tasks import tasks
 
 __all__ = ["main"]
 
@@ -98,7 +100,9 @@ def _overview() -> str:
     kinds = [f"  {m.name:<19} {m.summary}" for m in methods().values()]
     return "\n".join(
         ["usage: echelon COMMAND [OPTIONS]", "", "commands (each has --help):", *lines, "", "methods:", *kinds, "",
-         f"environments: {', '.join(environments())}"]
+         f"environments: {', '.join(environments())}", "",
+         f"methods of language-model teams: {', '.join(team_algorithms())}", "",
+         f"their environments: {', '.join(name for name in tasks() if name != 'own')}"]
     )  # fmt: skip
 
 
@@ -132,6 +136,8 @@ def _train(args: list[str]) -> int:
     from echelon.runs import read_run
     from echelon.training import Trainer
 
+    if cli_teams.trains_a_team(args):
+        return cli_teams.train_team(args)
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
     run, flags = run_flags("train", args, _TrainFlags)
     _at_least(0, eval_episodes=flags.eval_episodes, replay_episodes=flags.replay_episodes)
@@ -213,6 +219,8 @@ def _evaluate(args: list[str]) -> int:
     from echelon.evaluation.comparison import check_name, evaluate_run
     from echelon.reports.replay import write_replay
 
+    if args and cli_teams.is_team_run(Path(args[0])):
+        return cli_teams.evaluate_team(args)
     folder, base = run_folder(args, "evaluate")
     run, flags = run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
     _at_least(1, episodes=flags.episodes)

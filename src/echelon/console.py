@@ -99,12 +99,16 @@ class Watch:
         if what in self._tasks:
             self._bars.remove_task(self._tasks.pop(what))
 
+    def note(self, text: str) -> None:
+        """Print a line that a person must read, once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            console.print(text, markup=False)
+
     def training(self, what: str, progress: TrainingProgress) -> None:
         """Show a training run's progress: speed, success, where the time goes; each of its notes once."""
         for note in progress.notes:
-            if note not in self._notes:
-                self._notes.add(note)
-                console.print(f"{what}: {note}", markup=False)
+            self.note(f"{what}: {note}")
         tsr = progress.metrics["tsr"]
         success = "TSR -" if tsr is None else f"TSR {tsr:.2f}"
         where = " ".join(f"{stage} {share:.0%}" for stage, share in progress.shares.items() if share >= 0.01)

@@ -12,6 +12,7 @@ from echelon.llm.policy import ChoicePolicy, LearningChoice, PolicyConfig, Polic
 from echelon.llm.prompts import LETTERS, Block, PromptTemplate, clean, lines, option_lines
 from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.store import KNOWN_MODELS, CheckReport, KnownModel, ModelStatus, ModelStore, resolve, resolve_gguf
+from echelon.llm.teams import Share, load_team, load_team_state, num_held, save_team, saved_team, team_state
 from echelon.llm.text import TextModel, TextPrompt, TextReply
 from echelon.llm.token_policy import TokenPolicy, TokenPrompt, TokenSample
 
@@ -41,6 +42,7 @@ __all__ = [
     "PromptTemplate",
     "ServerConfig",
     "ServerModel",
+    "Share",
     "TextModel",
     "TextPrompt",
     "TextReply",
@@ -49,8 +51,14 @@ __all__ = [
     "TokenSample",
     "clean",
     "lines",
+    "load_team",
+    "load_team_state",
     "locate",
+    "num_held",
     "option_lines",
     "resolve",
     "resolve_gguf",
+    "save_team",
+    "saved_team",
+    "team_state",
 ]

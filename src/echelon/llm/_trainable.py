@@ -39,6 +39,10 @@ class Trainable:
     weights learn, in float32, while products are computed in `dtype` (autocast); the reference is then a **copy** of
     what learns, 4 bytes a weight, beside Adam's 8.
 
+    Several adapters may stand beside one frozen base (`load` with `beside`): each is a `Trainable` of its own, with its
+    own optimiser, reference, state and files, and the same bits in all of them as if it were alone. The model is
+    switched to an adapter when it runs, so those who share a base are used by one thread at a time.
+
     Attributes:
         model, tokenizer: of transformers.
         spec: what was loaded.
@@ -53,6 +57,7 @@ class Trainable:
         adapt: Adapt,
         config: Any = None,
         weights: Mapping[str, Tensor] | None = None,
+        beside: Trainable | None = None,
         compute: torch.dtype,
         layers: int = 0,
         freeze_embeddings: bool = False,
@@ -65,12 +70,14 @@ class Trainable:
         self.model, self.tokenizer, self.spec = loaded.model, loaded.tokenizer, spec
         self._lr, self._max_grad_norm = lr, max_grad_norm
         self._peft: Any = None
+        self._home: Path | None = None  # the folder of the base model, where `load` made this
         if adapt == "lora":
-            self._insert(config, weights, seed)
+            self._insert(config, weights, seed, beside)
         else:
             self._unfreeze(layers, freeze_embeddings)
         self._autocast = compute if compute != self.model.dtype else None
-        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # By the names of a lone adapter, whatever this one is called among several.
+        self.named = {self._lone(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.named:
             raise EchelonError(f"model {spec}: with these settings nothing of it would learn")
         # The adapter that learning goes on from, or all weights; None: the adapter switched off.
@@ -102,11 +109,15 @@ class Trainable:
         max_grad_norm: float,
         checkpointing: bool,
         seed: int,
+        beside: Trainable | None = None,
     ) -> Trainable:
         """Load what `spec` names; if that is a LoRA adapter, it is the one that goes on learning.
 
+        With `beside`, an adapter on the base that this one has loaded: dtype and device are that one's.
+
         Raises:
-            EchelonError: as `load_causal`; a setting out of its range; LoRA has nothing to be put beside.
+            EchelonError: as `load_causal`; a setting out of its range; LoRA has nothing to be put beside; another base
+                than `beside` has.
         """
         if adapt not in get_args(Adapt):
             raise unknown_name("adapt", adapt, get_args(Adapt))
@@ -116,7 +127,9 @@ class Trainable:
         for name, number in (("alpha", alpha), ("lr", lr), ("max_grad_norm", max_grad_norm)):
             if not number > 0:
                 raise EchelonError(f"{name} is {number}: it must be above 0")
-        compute = _dtype(dtype, _device(device))
+        if beside is not None and (adapt == "full" or beside._peft is None):
+            raise EchelonError(f"model {spec} can't share the weights of {beside.spec}: with adapt 'full' they learn")
+        compute = _dtype(dtype, _device(device)) if beside is None else beside.model.dtype
         common: dict[str, Any] = {
             "adapt": adapt, "compute": compute, "lr": lr, "max_grad_norm": max_grad_norm,
             "checkpointing": checkpointing, "seed": seed,
@@ -126,24 +139,30 @@ class Trainable:
             loaded = load_causal(spec, store=store, dtype="float32", device=device)
             return cls(loaded, spec, layers=layers, freeze_embeddings=freeze_embeddings, **common)
         peft = require("peft")
-        folder = locate(spec, store)
+        folder = home = locate(spec, store)
+        base, config, weights = spec, None, None
         if (folder / "adapter_config.json").is_file():
             base, config, weights = _read_adapter(folder, spec, store)
-            return cls(
-                load_causal(base, store=store, dtype=dtype, device=device), spec, config=config, weights=weights,
-                **common,
-            )  # fmt: skip
-        loaded = load_causal(spec, store=store, dtype=dtype, device=device)
-        count = int(loaded.model.config.num_hidden_layers)
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules=sorted(targets if targets is not None else _linear_names(loaded.model)),
-            layers_to_transform=list(range(max(0, count - layers), count)) if layers else None,
-            base_model_name_or_path=_base_name(spec),
-            task_type="CAUSAL_LM",
-        )
-        return cls(loaded, spec, config=config, **common)
+            home = locate(base, store)
+        if beside is None:
+            loaded = load_causal(base, store=store, dtype=dtype, device=device)
+        elif home.resolve() == beside._home:
+            loaded = LoadedModel(beside.model, beside.tokenizer)
+        else:
+            raise EchelonError(f"model {spec} is not on the base of {beside.spec}: {home} and {beside._home}")
+        if config is None:
+            count = int(loaded.model.config.num_hidden_layers)
+            config = peft.LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                target_modules=sorted(targets if targets is not None else _linear_names(loaded.model)),
+                layers_to_transform=list(range(max(0, count - layers), count)) if layers else None,
+                base_model_name_or_path=_base_name(spec),
+                task_type="CAUSAL_LM",
+            )
+        made = cls(loaded, spec, config=config, weights=weights, beside=beside, **common)
+        made._home = home.resolve()
+        return made
 
     # -- running -------------------------------------------------------------------------------
 
@@ -156,12 +175,18 @@ class Trainable:
     @property
     def num_held(self) -> int:
         """How many numbers are kept as weights, tied ones once, with the reference's copy where it has one."""
-        kept: list[Tensor] = [*self.model.parameters(), *(self._anchor or {}).values()]
-        return sum({tensor.data_ptr(): tensor.numel() for tensor in kept}.values())
+        return sum(self.held().values())
+
+    def held(self) -> dict[int, int]:
+        """The sizes of what `num_held` counts, by place in memory. Others' adapters on the same base are not in it."""
+        others = {name for name in self._peft.peft_config if name != self._adapter} if self._peft is not None else set()
+        own = [p for name, p in self.model.named_parameters() if others.isdisjoint(name.split("."))]
+        return {tensor.data_ptr(): tensor.numel() for tensor in [*own, *(self._anchor or {}).values()]}
 
     @contextlib.contextmanager
     def running(self, *, reference: bool = False, grad: bool = False) -> Iterator[Any]:
         """The model to run inside the block, as it is or as the reference, with a gradient or without."""
+        self._activate()
         with contextlib.ExitStack() as stack:
             if reference:
                 stack.enter_context(self.as_reference())
@@ -186,6 +211,7 @@ class Trainable:
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside the block the model is its reference, for all threads; without a gradient."""
+        self._activate()
         if self._anchor is None:
             with self._peft.disable_adapter():
                 yield
@@ -294,28 +320,37 @@ class Trainable:
                 self.model.save_pretrained(temp)
                 self.tokenizer.save_pretrained(temp)
                 return
-            config = self._peft.peft_config["default"]
+            config = self._peft.peft_config[self._adapter]
             settings = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
             settings |= {"base_model_name_or_path": base or self._base, "inference_mode": True}
             # Not PEFT's own writer: it may ask the hub about the base model, and its file's order varies.
-            tensors = require("peft").get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+            tensors = require("peft").get_peft_model_state_dict(
+                self._peft, adapter_name=self._adapter, save_embedding_layers=False
+            )
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
             require("safetensors.torch").save_file(tensors, temp / "adapter_model.safetensors", {"format": "pt"})
             atomic_write_json(temp / "adapter_config.json", settings)
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _insert(self, config: Any, weights: Mapping[str, Tensor] | None, seed: int) -> None:
-        """Put LoRA's matrices into the model: those of an adapter, or fresh ones."""
+    def _insert(self, config: Any, weights: Mapping[str, Tensor] | None, seed: int, beside: Trainable | None) -> None:
+        """Put LoRA's matrices into the model, those of an adapter or fresh ones, and switch the model to them."""
         peft = require("peft")
+        self._adapter = "default" if beside is None else f"adapter{len(beside._peft.peft_config)}"
         self._base = config.base_model_name_or_path  # peft puts a folder of this machine there
         with quiet_transformers(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self._peft = peft.get_peft_model(self.model, config)
+                if beside is None:
+                    self._peft = peft.get_peft_model(self.model, config)
+                else:
+                    self._peft = beside._peft
+                    self._peft.add_adapter(self._adapter, config)
+                    self._activate()
                 if weights is not None:
-                    result = peft.set_peft_model_state_dict(self._peft, dict(weights))
-                    lacking = [name for name in result.missing_keys if "lora_" in name]
+                    result = peft.set_peft_model_state_dict(self._peft, dict(weights), adapter_name=self._adapter)
+                    own = [name for name in result.missing_keys if self._adapter in name.split(".")]
+                    lacking = [name for name in own if "lora_" in name]
                     if wrong := sorted([*lacking, *result.unexpected_keys]):
                         raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more are in one of the two only")
             except Exception as error:  # whatever a strange layer or adapter makes a third party raise
@@ -331,6 +366,15 @@ class Trainable:
                 fresh = torch.empty(p.shape)
                 torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
                 p.data.copy_(fresh)
+
+    def _activate(self) -> None:
+        """Switch the model to this adapter, if another one on its base ran last."""
+        if self._peft is not None and self._peft.active_adapter != self._adapter:
+            self._peft.set_adapter(self._adapter)
+
+    def _lone(self, name: str) -> str:
+        parts = name.split(".")
+        return name if self._peft is None else ".".join("default" if p == self._adapter else p for p in parts)
 
     def _unfreeze(self, layers: int, freeze_embeddings: bool) -> None:
         self.model.requires_grad_(True)
@@ -361,11 +405,12 @@ class Trainable:
 
 
 def _linear_names(model: Any) -> list[str]:
-    """The last parts of the names of all linear layers but the output layer."""
+    """The last parts of the names of all linear layers but the output layer; adapters are looked through."""
     kinds = (torch.nn.Linear, require("transformers.pytorch_utils").Conv1D)
     head = model.get_output_embeddings()
+    head = getattr(head, "base_layer", head)
     found = (name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head)
-    return sorted({name.rpartition(".")[2] for name in found})
+    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in found if ".lora_" not in name})
 
 
 def _base_name(spec: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,10 +19,12 @@ from echelon.llm._loading import Device, Dtype
 from echelon.llm._optional import require
 from echelon.llm._trainable import Adapt, Trainable
 from echelon.llm.store import ModelStore
+from echelon.rng import uniform
 
 __all__ = ["TokenPolicy", "TokenPrompt", "TokenSample"]
 
 _HEAD_ROWS = 256  # tokens whose logits over the whole vocabulary are held at a time
+_LIKELY = 64  # tokens that are sorted first where only the likeliest may be drawn
 
 
 class TokenPrompt(Protocol):
@@ -49,8 +52,8 @@ class TokenSample:
         ended: whether the reply ended by itself; else it was cut off.
         temperature: at which it was sampled; 0: the most probable token each time.
         logp: log-probabilities of the tokens at temperature 1 when they were sampled, float32 (L,).
-        behaviour_logp: the same at `temperature`, so under the distribution that they were drawn from; at temperature
-            0, where that is no distribution, the same as `logp`.
+        behaviour_logp: the same under the distribution that they were drawn from: at `temperature`, and among the
+            tokens that `top_k` and `top_p` left; at temperature 0, where that is no distribution, the same as `logp`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -71,6 +74,14 @@ class TokenPolicy:
     `behaviour_logp` comes out of generation with a cache of keys and values, whose last bits differ from a whole
     pass's. Measured with SmolLM2 on one processor: up to 1.1e-5 in float32, in bfloat16 from 0 to 0.28, by the batch.
     So take the old log-probabilities of a ratio from `evaluate` before the first step, not from the sample.
+
+    **With `top_k` or `top_p`** this is no longer so. Tokens are then drawn from q = π / Z over those that are kept, Z
+    being what π gives them together, and `evaluate` still gives π: of what acts, only `behaviour_logp` knows. The
+    gradient of log q is that of log π less that of log Z, so REINFORCE with `evaluate`'s numbers is biased: it rewards
+    the kept tokens against those that were cut off, as well as among themselves. π / q of a token is Z, from `top_p`
+    (without `top_k`) to 1, so a ratio to `behaviour_logp` begins below 1, a reply's by the product over its tokens;
+    against old numbers from `evaluate` it begins at 1, and what was cut off is then simply never tried. Published
+    recipes sample truncated and learn so all the same; who wants the unbiased gradient leaves both off, the defaults.
 
     What learns is float32; see `_trainable.Trainable` for LoRA, full weights and the reference. There is no dropout.
     All of it repeats bit for bit with the same calls on one machine. The last bits of a number depend on what else is
@@ -118,6 +129,7 @@ class TokenPolicy:
         sample_rows: int = 32,
         checkpointing: bool = False,
         seed: int = 0,
+        beside: TokenPolicy | None = None,
     ) -> TokenPolicy:
         """Load a model from the store, a folder or the hub, and make it learn. All defaults are our choice.
 
@@ -140,15 +152,18 @@ class TokenPolicy:
             checkpointing: compute layers again in the backward pass instead of keeping what they need: less memory, a
                 third more time, the same gradients.
             seed: of LoRA's first matrices, at least 0.
+            beside: a policy whose frozen base this one uses too, with an adapter of its own; what `spec` names, that
+                base or an adapter on it, is then not loaded again, and dtype and device are that policy's. To the last
+                bit it is the policy that it would be alone. Both are used by one thread at a time.
 
         Raises:
             EchelonError: an unknown, absent or damaged model, a missing library, no GPU, a model that can't learn or
-                write, a setting out of its range.
+                write, a setting out of its range, another base than `beside` has.
         """
         trainable = Trainable.load(
             spec, store=store, dtype=dtype, device=device, adapt=adapt, layers=layers, rank=rank, alpha=alpha,
             targets=targets, freeze_embeddings=freeze_embeddings, lr=lr, max_grad_norm=max_grad_norm,
-            checkpointing=checkpointing, seed=seed,
+            checkpointing=checkpointing, seed=seed, beside=None if beside is None else beside._trainable,
         )  # fmt: skip
         return cls(trainable, spec, micro_tokens=micro_tokens, sample_rows=sample_rows)
 
@@ -160,6 +175,8 @@ class TokenPolicy:
         n: int,
         *,
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
         max_tokens: int = 256,
         keys: Sequence[int] | NDArray[np.uint64],
     ) -> list[TokenSample]:
@@ -171,10 +188,17 @@ class TokenPolicy:
         24 tokens in batches of 2 and 8 against alone: none in float32, in bfloat16 10 draws of about 280.
         `sample_rows=1` excludes it.
 
+        Truncation draws from fewer tokens, and learning is then from another distribution than acts: see the class.
+        Of a truncated draw only the tokens that are left have numbers, hashed from their ids and one of Philox(k, j).
+
         Args:
             prompts: what to reply to.
             n: replies to each, at least 1; the prompt is computed once for all of them.
-            temperature: logits are divided by it; 0 takes the most probable token.
+            temperature: logits are divided by it; 0 takes the most probable token, whatever is kept.
+            top_p: keep the fewest of the most probable tokens that have at least this probability together, at this
+                temperature and among the `top_k`; above 0, 1 keeps all.
+            top_k: keep so many of the most probable tokens; 0 keeps all. Here and for `top_p`, tokens that are exactly
+                as probable as the last one kept are kept too.
             max_tokens: the longest reply, its end included; less where the model's context ends.
             keys: one 64-bit key a prompt, see `echelon.rng.spawn_keys`.
 
@@ -183,10 +207,12 @@ class TokenPolicy:
 
         Raises:
             EchelonError: a prompt that leaves no room for a reply; the model's numbers are not finite.
-            ValueError: n, temperature, max_tokens or the number of keys.
+            ValueError: n, temperature, top_p, top_k, max_tokens or the number of keys.
         """
         if n < 1 or max_tokens < 1 or not temperature >= 0:
             raise ValueError(f"n {n} and max_tokens {max_tokens} must be at least 1, temperature {temperature} 0")
+        if not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError(f"top_p {top_p} must be above 0 and at most 1, top_k {top_k} must be at least 0")
         if len(keys) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(keys)} keys")
         ids = [self._encode(prompt) for prompt in prompts]
@@ -202,9 +228,15 @@ class TokenPolicy:
         for start in range(0, len(order), self._rows):
             rows = order[start : start + self._rows]
             of = [ids[row // n] for row in rows]
-            for row, sample in zip(rows, self._write(of, [draws[row] for row in rows], temperature), strict=True):
+            found = self._write(of, [draws[row] for row in rows], temperature, top_p, top_k)
+            for row, sample in zip(rows, found, strict=True):
                 written[row] = sample
         return [sample for sample in written if sample is not None]
+
+    def room(self, prompt: TokenPrompt) -> int:
+        """How many tokens a reply to this prompt may have: 10^6 without a limit; 0 or less: so many lack."""
+        length = len(self._chat.encode(prompt.system, [prompt.text])[0])
+        return self._context - length if self._context else 10**6
 
     def written(self, prompt: TokenPrompt, text: str, *, temperature: float = 1.0) -> TokenSample:
         """A reply that somebody else wrote, ended, as something to learn from (imitation); its `logp` are NaN.
@@ -238,6 +270,38 @@ class TokenPolicy:
     def anchor(self) -> None:
         """From now on the reference is the model as it is now; costs a copy of what learns."""
         self._trainable.anchor()
+
+    def features(self, samples: Sequence[TokenSample], *, replies: bool) -> NDArray[np.float32]:
+        """What the reference makes of a text as a whole, for others to learn from (a critic, say).
+
+        That is its last hidden state, behind the final norm, at the last token of the prompt or of the reply. A text
+        that comes several times, as the prompt of many replies does, goes through once. The numbers don't move while
+        the policy learns, until `anchor`. Nothing is kept between calls; in the last bits they depend on what else is
+        in the call.
+
+        Args:
+            samples: n of them.
+            replies: prompt and reply as they stand, or the prompt alone.
+
+        Returns:
+            float32 (n, `width`).
+
+        Raises:
+            EchelonError: the model's numbers are not finite.
+        """
+        texts = [(*s.prompt_ids, *s.reply_ids) if replies else s.prompt_ids for s in samples]
+        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        rows = list(index)
+        found = np.zeros((len(rows), self.width), np.float32)
+        with self._trainable.running(reference=True) as model:
+            for batch in self._packed({i: len(row) for row, i in index.items()}):
+                hidden = model.base_model(input_ids=self._padded([rows[i] for i in batch]), use_cache=False)
+                last = self._tensor(np.array([len(rows[i]) - 1 for i in batch]))
+                picked = hidden.last_hidden_state[torch.arange(len(batch), device=last.device), last]
+                found[batch] = picked.float().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise EchelonError(f"model {self.name} gave numbers that are not finite: its weights may be damaged")
+        return found[[index[text] for text in texts]]
 
     def backward(self, samples: Sequence[TokenSample], grads: Sequence[NDArray[np.float32]]) -> None:
         """Add the gradient of the sum of `grads` times `evaluate`'s numbers to the parameters' gradients.
@@ -289,9 +353,18 @@ class TokenPolicy:
         return self._trainable.updates
 
     @property
+    def width(self) -> int:
+        """How many numbers a hidden state has."""
+        return int(self._trainable.model.get_output_embeddings().weight.shape[1])
+
+    @property
     def num_held(self) -> int:
         """How many numbers are kept as weights, the reference's copy included where it has one."""
         return self._trainable.num_held
+
+    def held(self) -> dict[int, int]:
+        """The sizes of what `num_held` counts, by place in memory: to count once what policies share."""
+        return self._trainable.held()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that decides what is learnt next, as copies; gradients between two steps are not in it."""
@@ -325,8 +398,9 @@ class TokenPolicy:
         return ids
 
     def _write(
-        self, prompts: Sequence[tuple[int, ...]], draws: Sequence[tuple[np.random.Generator, int]], temperature: float
-    ) -> list[TokenSample]:
+        self, prompts: Sequence[tuple[int, ...]], draws: Sequence[tuple[np.random.Generator, int]], temperature: float,
+        top_p: float, top_k: int,
+    ) -> list[TokenSample]:  # fmt: skip
         """A reply to each prompt; equal ones stand side by side."""
         device, count, longest = self._trainable.device, len(prompts), max(most for _, most in draws)
         ids = torch.zeros(count, longest, dtype=torch.long, device=device)
@@ -337,19 +411,25 @@ class TokenPolicy:
             head, at = model.get_output_embeddings(), torch.arange(count, device=device)
             for t in range(longest):
                 logits = head(state).float()
+                if not bool(logits.sum().isfinite()):  # to ask each takes as long as all else that is done with them
+                    raise EchelonError(f"model {self.name} gave numbers that are not finite: its weights are damaged")
                 plain = logits.log_softmax(-1)
                 warm = plain if temperature in (0, 1) else (logits / temperature).log_softmax(-1)
-                if temperature == 0:
-                    token = plain.argmax(-1)
+                if temperature > 0 and (top_k or top_p < 1):
+                    token, acted = self._draw_kept(warm, [draws[row][0] for row in going], top_p, top_k)
                 else:
-                    # Gumbel's trick, as a race of exponential times. Not the inverse of the cumulated distribution,
-                    # which a change of the last bits moves by more than most of its 50,000 steps are wide.
-                    drawn = np.stack([draws[row][0].random(warm.shape[1]) for row in going])
-                    token = (warm - self._tensor(drawn).float().neg().log1p().neg().log()).argmax(-1)
-                if not bool(logits.isfinite().all()):
-                    raise EchelonError(f"model {self.name} gave numbers that are not finite: its weights are damaged")
+                    if temperature == 0:
+                        token = plain.argmax(-1)
+                    else:
+                        # Gumbel's trick, as a race of exponential times. Not the inverse of the cumulated distribution,
+                        # which a change of the last bits moves by more than most of its 50,000 steps are wide.
+                        drawn = np.empty(warm.shape)
+                        for slot, row in enumerate(going):
+                            draws[row][0].random(out=drawn[slot])
+                        token = (warm - self._tensor(drawn).float().neg().log1p().neg().log()).argmax(-1)
+                    acted = warm.gather(-1, token[:, None])[:, 0]
                 ids[at, t] = token
-                logp[:, at, t] = torch.stack([s.gather(-1, token[:, None])[:, 0] for s in (plain, warm)])
+                logp[:, at, t] = torch.stack([plain.gather(-1, token[:, None])[:, 0], acted])
                 alive = []
                 for slot, (row, own) in enumerate(zip(going, token.tolist(), strict=True)):
                     if not lengths[row] and (own in self._ends or t + 1 == draws[row][1]):
@@ -377,6 +457,17 @@ class TokenPolicy:
             plain_own, warm_own = plain_logp[:length].copy(), warm_logp[:length].copy()
             found.append(TokenSample(prompt, reply, text, reply[-1] in self._ends, temperature, plain_own, warm_own))
         return found
+
+    def _draw_kept(
+        self, logp: Tensor, generators: Sequence[np.random.Generator], top_p: float, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """A token of each row's most probable ones, and its log-probability among them."""
+        found, tokens = _likeliest(logp, top_p, top_k)
+        # A token's number belongs to its id, not to its rank: two that change places don't change the draw.
+        steps = np.array([generator.bit_generator.random_raw() for generator in generators], np.uint64)
+        times = -np.log1p(-_hashed(steps, tokens.cpu().numpy()))
+        winner = (found.double() - self._tensor(np.log(np.maximum(times, 1e-300)))).argmax(-1, keepdim=True)
+        return tokens.gather(-1, winner)[:, 0], found.gather(-1, winner)[:, 0]
 
     def _prefill(self, model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor, Tensor]:
         """The cache, the last hidden state, what may be seen and the place of the last token, of each prompt."""
@@ -415,7 +506,9 @@ class TokenPolicy:
 
     def _batches(self, samples: Sequence[TokenSample]) -> Iterator[list[int]]:
         """Indices of the samples of each pass, neighbours in length together; empty replies are left out."""
-        lengths = {i: len(s.prompt_ids) + len(s.reply_ids) - 1 for i, s in enumerate(samples) if s.reply_ids}
+        return self._packed({i: len(s.prompt_ids) + len(s.reply_ids) - 1 for i, s in enumerate(samples) if s.reply_ids})
+
+    def _packed(self, lengths: Mapping[int, int]) -> Iterator[list[int]]:
         batch: list[int] = []
         for i in sorted(lengths, key=lambda i: lengths[i]):
             if batch and (len(batch) + 1) * lengths[i] > self._micro_tokens:
@@ -429,15 +522,17 @@ class TokenPolicy:
         """Of all tokens of the replies: the hidden state that each is drawn from, (N, H), its id and temperature."""
         # The last token is drawn, not read. Right padding needs no mask: attention is causal.
         rows = [[*s.prompt_ids, *s.reply_ids[:-1]] for s in samples]
-        longest = max(len(row) for row in rows)
-        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self._trainable.device)
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids=self._padded(rows), use_cache=False).last_hidden_state
         lengths = [len(s.reply_ids) for s in samples]
         place = np.concatenate([len(s.prompt_ids) - 1 + np.arange(len(s.reply_ids)) for s in samples])
         ids = np.concatenate([np.array(s.reply_ids, np.int64) for s in samples])
         heat = np.repeat(np.array([s.temperature or 1.0 for s in samples], np.float32), lengths)
         picked = hidden[self._tensor(np.repeat(np.arange(len(rows)), lengths)), self._tensor(place)]
         return picked, self._tensor(ids), self._tensor(heat)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(len(row) for row in rows)
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self._trainable.device)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._trainable.device)
@@ -469,6 +564,35 @@ def _numbers(model: Any, hidden: Tensor, ids: Tensor, temperature: Tensor) -> Te
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     return torch.stack([logp.gather(-1, ids[:, None])[:, 0], entropy], -1)
+
+
+def _likeliest(logp: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """The most probable tokens of each row that `TokenPolicy.sample` keeps: their log-probabilities among themselves
+    (what is not kept has -inf) and their ids, (rows, c), the likeliest first. `logp` is normalised, (rows, words)."""
+    words = logp.shape[1]
+    count = min(words, max(_LIKELY, top_k + 1))  # to sort all words would take longer than the model's pass
+    while True:
+        found, tokens = logp.topk(count)
+        kept = torch.ones_like(found, dtype=torch.bool)
+        if top_k:
+            kept = found >= found[:, min(top_k, count) - 1, None]
+        if top_p < 1:
+            p = (found.masked_fill(~kept, -torch.inf).log_softmax(-1) if top_k else found).exp()
+            kept &= p.cumsum(-1) - p < top_p  # what the likelier ones have together is not enough
+            kept |= found >= found.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        if count == words or not bool(kept[:, -1].any()):
+            return found.masked_fill(~kept, -torch.inf).log_softmax(-1), tokens
+        count = min(words, 8 * count)
+
+
+@numba.njit(cache=True)
+def _hashed(steps: NDArray[np.uint64], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) of each token, (rows, c), by the row's key and the token's id alone."""
+    found = np.empty(tokens.shape)
+    for row in range(tokens.shape[0]):
+        for i in range(tokens.shape[1]):
+            found[row, i] = uniform(steps[row], np.uint64(tokens[row, i]))
+    return found
 
 
 def _split(tensor: Tensor) -> list[Tensor]:

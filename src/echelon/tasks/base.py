@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AgentPrompt", "Attempt", "Scored", "TeamTask", "Turn"]
+__all__ = ["AgentPrompt", "Attempt", "Scored", "TaskSettings", "TeamTask", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Attempt:
     item: int
     history: tuple[Turn, ...]
     completions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Base of a task's settings: numbers, words, paths and literals, with a docstring below each."""
 
 
 class TeamTask(Protocol):

@@ -1,0 +1,169 @@
+"""`echelon train` and `evaluate` for teams of language models: flags and words."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from echelon.algorithms.teams import team_algorithms
+from echelon.configs import read_toml_file
+from echelon.errors import EchelonError, unknown_name
+from echelon.fetching import ensure_local
+from echelon.flags import _peek, _take, parse
+from echelon.tasks import task_name, tasks
+from echelon.team_configs import TeamRunConfig, read_team_toml, team_from_toml
+
+__all__ = ["evaluate_team", "is_team_run", "train_team", "trains_a_team"]
+
+T = TypeVar("T")
+
+
+def trains_a_team(args: list[str]) -> bool:
+    """Whether these flags of `echelon train` are about a team of language models."""
+    resumed, file, wanted = _peek(args, "--resume"), _peek(args, "--config"), _peek(args, "--method")
+    if resumed is not None:
+        return is_team_run(Path(resumed))
+    if wanted is not None:
+        return wanted in team_algorithms()
+    return _is_team_config(Path(file)) if file is not None else _peek(args, "--env") in tasks()
+
+
+def is_team_run(folder: Path) -> bool:
+    """Whether this is the folder of a run of a team of language models."""
+    return _is_team_config(folder / "config.toml")
+
+
+def _is_team_config(file: Path) -> bool:
+    return file.is_file() and read_toml_file(file, "config").get("method") in team_algorithms()
+
+
+def team_flags(
+    command: str, args: list[str], extra: type[T], *, base: TeamRunConfig | None = None
+) -> tuple[TeamRunConfig, T]:
+    """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`)."""
+    file, name, known = _take(args, "--config"), _take(args, "--env"), tasks()
+    if name is not None and name not in known:
+        raise unknown_name("environment of a team of language models", name, known)
+    if file is not None:
+        base = read_team_toml(Path(file))
+    elif base is None:
+        base = team_from_toml({} if name is None else {"environment": name})
+    env = base.env if name is None or type(base.env) is known[name] else known[name]()
+    if (wanted := _peek(args, "--method")) is not None and wanted != base.method:
+        if wanted not in team_algorithms():
+            raise unknown_name("method of a team of language models", wanted, team_algorithms())
+        base = dataclasses.replace(base, method=wanted, algorithm=cast(Any, None))
+    flags = dataclasses.make_dataclass(
+        "Flags",
+        [
+            ("env", type(env), dataclasses.field(default_factory=type(env))),
+            ("algorithm", type(base.algorithm), dataclasses.field(default_factory=type(base.algorithm))),
+        ],
+        bases=(extra, TeamRunConfig),
+        frozen=True,
+    )
+    flags.__doc__ = (
+        f"{extra.__doc__}\n\n--env NAME picks the task ({', '.join(known)}), --config FILE reads a run's config.toml "
+        f"first; other flags go over it. Methods: {', '.join(team_algorithms())}."
+    )
+    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(TeamRunConfig)} | {"env": env}
+    parsed = parse(command, flags, args, flags(**values))
+    run = TeamRunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(TeamRunConfig)})
+    own = extra(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cast(Any, extra))})
+    return run, own
+
+
+@dataclass(frozen=True)
+class _TrainFlags:
+    """Train a team of language models on one joint reward, and leave a run folder with its dialogues."""
+
+    out: Path | None = None
+    """The run's folder; default: runs/<method>-<task>-seed<seed>-<time>."""
+    resume: Path | None = None
+    """Go on with the run in this folder, bit-identical; of its settings only --updates may be given with it."""
+
+
+def train_team(args: list[str]) -> int:
+    """`echelon train --method magrpo --env writing …`."""
+    from echelon.console import Stopper, Watch, console
+    from echelon.reports.dialogues import write_dialogues
+    from echelon.team_training import TeamProgress, TeamTrainer
+
+    given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    resumed = _peek(args, "--resume")
+    base = read_team_toml(Path(resumed) / "config.toml") if resumed is not None else None
+    run, flags = team_flags("train", args, _TrainFlags, base=base)
+    if flags.resume is not None:
+        if other := sorted(given - {"--resume", "--updates"}):
+            raise EchelonError(
+                f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
+            )
+        trainer = TeamTrainer.resume(flags.resume, updates=run.updates if "--updates" in given else None)
+    else:
+        for model in run.model:
+            ensure_local(model)
+        trainer = TeamTrainer(run, flags.out or _default_folder(run))
+    folder = trainer.folder
+    console.print(f"{run.method} in {folder}, {trainer.update} of {run.updates} updates done")
+    stopper = Stopper()
+    with stopper.listening(), Watch() as watch:
+
+        def told(p: TeamProgress) -> None:
+            for note in p.notes:
+                watch.note(f"{run.method}: {note}")
+            where = " ".join(f"{stage} {share:.0%}" for stage, share in p.shares.items())
+            judged = "" if p.evaluation is None else f", evaluated {p.evaluation.get('return', float('nan')):.3f}"
+            reward = f"reward {p.metrics['reward']:.3f}" if "reward" in p.metrics else ""
+            watch.show(run.method, p.update, p.updates, f"updates, {reward}{judged} [{where}]")
+
+        finished = trainer.run(told, stopper)
+        watch.end(run.method)
+    page = write_dialogues(folder)
+    if not finished:
+        console.print(f"stopped at update {trainer.update}; go on with: echelon train --resume {folder}")
+        return 128 + stopper.signal
+    if trainer.evaluation is not None and "return" in trainer.evaluation:
+        console.print(f"return on items kept for evaluation: {trainer.evaluation['return']:.3f}")
+    console.print(f"dialogues: {page}")
+    console.print(f"run folder: {folder}")
+    return 0
+
+
+def _default_folder(run: TeamRunConfig) -> Path:
+    return Path("runs") / f"{run.method}-{task_name(run.env)}-seed{run.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@dataclass(frozen=True)
+class _EvaluateFlags:
+    """Let a trained team play items that training never saw."""
+
+    items: int = 0
+    """How many of them; 0: all."""
+    samples: int = 4
+    """Episodes of each item."""
+    name: str = "evaluation"
+    """Results go to <run>/<name>.json, dialogues to <run>/<name>.dialogues.jsonl."""
+
+
+def evaluate_team(args: list[str]) -> int:
+    """`echelon evaluate RUN …` where RUN is a team's."""
+    from echelon.console import console
+    from echelon.evaluation.comparison import check_name
+    from echelon.team_training import TeamTrainer
+
+    folder = Path(args[0])
+    flags = parse("evaluate RUN", _EvaluateFlags, args[1:])
+    check_name(flags.name)
+    if flags.items < 0 or flags.samples < 1:
+        raise EchelonError(f"--items {flags.items} must be at least 0, --samples {flags.samples} at least 1")
+    trainer = TeamTrainer.resume(folder)
+    result = trainer.judge(flags.name, items=flags.items, samples=flags.samples)
+    console.print(f"return {result['return']:.3f} over {result['episodes']} episodes, {trainer.update} updates done")
+    for name, value in result.items():
+        if name.startswith("part_"):
+            console.print(f"  {name.removeprefix('part_')}: {value:.3f}")
+    console.print(f"written to {folder / (flags.name + '.json')}")
+    return 0
