@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -28,11 +27,6 @@ SOURCE = (
     "The lighthouse stood at the end of a long spit of shingle. Keepers came by boat when the weather let them, and "
     "when it did not they lived on what was in the store: flour, salt fish, oil for the lamp."
 )
-WORDS = ("keepers", "lamp", "oil", "sea", "therefore", "however", "boat", "weather", "night", "ship", "because")
-
-
-def said(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + "."
 
 
 def scene(update: int, kind: str, item: int, path: list[int], answers: list[Line], **prompts: str) -> Line:
@@ -228,7 +222,7 @@ def test_an_update_larger_than_the_page_is_cut_and_says_so(tmp_path: Path, monke
 def test_the_spread_is_an_order_of_all_that_is_dense_everywhere(count: int) -> None:
     order = list(dialogues._spread(count))
     assert sorted(order) == list(range(count))
-    assert order[:2] == [k for k in dict.fromkeys((count - 1, 0)) if k >= 0]
+    assert order[:2] == ([count - 1, 0][: min(count, 2)] if count else [])
     for n in range(2, count):
         some = sorted(order[:n])
         assert max(b - a for a, b in pairwise(some)) <= 2 * count / (n - 1) + 1
@@ -409,8 +403,8 @@ def test_hostile_text_is_shown_and_never_run(show: Open, tmp_path: Path) -> None
         {"said": {role: attack}, "reward": 1.0, "parts": {attack: 1.0}, "feedback": attack, "error": attack},
     ], **{role: attack})]  # fmt: skip
     metrics = [{"update": 1, "reward": 1.0, f"part_{attack}": 1.0, "length_0": 3.0}]
-    folder = write_run(tmp_path, lines, metrics=metrics,
-                       environment=json.dumps("<script>window.hurt=3</script>"), model='["<img src=x onerror=hurt()>"]')  # fmt: skip
+    names = {"environment": '"<script>window.hurt=3</script>"', "model": '["<img src=x onerror=hurt()>"]'}
+    folder = write_run(tmp_path, lines, metrics=metrics, **names)
     page = show(folder)
     press(page, "p")
     assert page.execute_script("return window.hurt") is None
@@ -471,7 +465,7 @@ def test_long_replies_and_many_joint_actions_stay_inside_the_page(show: Open, tm
             assert wide == 0, f"the page scrolls sideways at {width}"
     finally:
         emulate(page)
-    assert len(page.find_element("css selector", ".reply").text) == len(long.strip())
+    assert len(page.find_element("css selector", ".reply").text) == len(long)
     assert rows(page)[-1] == "show 300 more of 700"
     press(page, "b")
     assert current(page) == "item 0 · joint 700 699"

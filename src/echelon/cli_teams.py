@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from echelon.algorithms.teams import team_algorithms
 from echelon.configs import read_toml_file
+from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
 from echelon.flags import _peek, _take, parse
@@ -26,9 +27,11 @@ def trains_a_team(args: list[str]) -> bool:
     resumed, file, wanted = _peek(args, "--resume"), _peek(args, "--config"), _peek(args, "--method")
     if resumed is not None:
         return is_team_run(Path(resumed))
-    if wanted is not None:
-        return wanted in team_algorithms()
-    return _is_team_config(Path(file)) if file is not None else _peek(args, "--env") in tasks()
+    if wanted in team_algorithms():
+        return True
+    if file is not None:
+        return wanted is None and _is_team_config(Path(file))
+    return _peek(args, "--env") in tasks().keys() - environments().keys()
 
 
 def is_team_run(folder: Path) -> bool:

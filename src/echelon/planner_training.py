@@ -58,17 +58,17 @@ class PlannerConfig:
     """The root seed: it alone decides everything."""
     teacher: str = "hungarian"
     """Who is imitated first: random-task, nearest or hungarian."""
-    imitation: int = 80
+    imitation: int = 300
     """Updates by imitation; 0: none."""
     softness: float = 0.5
     """Steps by which two of the teacher's options may differ and still be nearly as good; 0: only the best counts."""
     batch: int = 64
     """Decisions of each of these updates."""
-    lessons: int = 36
+    lessons: int = 72
     """Scenes in which the teacher is watched, 16 worlds each."""
     algorithm: Literal["himac", "hiper", "none"] = "himac"
     """How the planner goes on: comparing its plans of one task (himac), with critics (hiper), or not at all."""
-    iterations: int = 10
+    iterations: int = 30
     """How often it plays and then learns from that."""
     scenes: int = 9
     """Scenes it plays in each time."""
@@ -90,7 +90,7 @@ class PlannerConfig:
     """Processor threads; default: all cores. Results don't depend on it."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """What of the model learns."""
-    himac: HiMACConfig = field(default_factory=lambda: HiMACConfig())
+    himac: HiMACConfig = field(default_factory=lambda: HiMACConfig(epochs=2))
     """How himac learns."""
     hiper: HiPERConfig = field(default_factory=lambda: HiPERConfig(critic_warmup=2))
     """How hiper learns."""

@@ -99,6 +99,8 @@ class TeamTrainer:
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         self.task = build_task(config.env) if task is None else task
         agents = len(self.task.roles)
+        if len(set(self.task.roles)) < agents:
+            raise EchelonError(f"the roles of task {self.task.name} name one agent twice: {', '.join(self.task.roles)}")
         if config.share == "weights" and len(config.model) > 1:
             raise EchelonError("--share weights: one model plays all agents, so name one")
         self._train, self._eval = self.task.items("train"), self.task.items("eval")
@@ -166,20 +168,15 @@ class TeamTrainer:
             atomic_write_text(self.folder / "config.toml", team_to_toml(c))
             logs = {name: JsonLines(self.folder / name, size) for name, size in self._sizes.items()}
             try:
-                if c.eval_every and self.update == 0 and self.evaluation is None:
-                    self._judge(logs, report)
-                    if should_stop():
-                        self._save(logs)
-                        return False
-                while self.update < c.updates:
-                    self._learn(logs, report)
-                    stop = should_stop()
-                    last = self.update == c.updates
-                    if c.eval_every and (last or self.update % c.eval_every == 0) and not (stop and not last):
+                while self._owes() or self.update < c.updates:
+                    if self._owes():
                         self._judge(logs, report)
-                    if stop or last or self.update % c.checkpoint_every == 0:
+                    else:
+                        self._learn(logs, report)
+                    done, stop = self.update == c.updates and not self._owes(), should_stop()
+                    if stop or done or self.update % c.checkpoint_every == 0:
                         self._save(logs)
-                    if stop and not last:
+                    if stop and not done:
                         return False
                 if not (self.folder / "team").is_dir():
                     save_team(self.policies, self.folder / "team")
@@ -187,6 +184,13 @@ class TeamTrainer:
                 for log in logs.values():
                     log.close()
         return True
+
+    def _owes(self) -> bool:
+        """Whether an evaluation is due that has not been made; a run that was stopped before makes it when it goes
+        on."""
+        c = self.config
+        due = c.eval_every and len(self._eval) and (self.update % c.eval_every == 0 or self.update == c.updates)
+        return bool(due) and (self.evaluation is None or self.evaluation["update"] != self.update)
 
     def _learn(self, logs: dict[str, JsonLines], report: Callable[[TeamProgress], None]) -> None:
         """One update: grow trees, learn from them, log."""
@@ -350,7 +354,11 @@ def _told(scene: Scene, roles: Sequence[str]) -> dict[str, Any]:
     answers = []
     for j, scored in enumerate(scene.scored):
         said = dict(zip(roles, scene.completions(j), strict=True))
-        answer: dict[str, Any] = {"said": said, "reward": scored.reward, "parts": dict(scored.parts)}
+        picked = [own[g] for own, g in zip(scene.samples, scene.joint[j].tolist(), strict=True)]
+        answer: dict[str, Any] = {
+            "said": said, "tokens": [len(s.reply_ids) for s in picked], "ended": [s.ended for s in picked],
+            "reward": scored.reward, "parts": dict(scored.parts), "done": scored.done,
+        }  # fmt: skip
         if scored.feedback:
             answer["feedback"] = scored.feedback
         if scored.error:

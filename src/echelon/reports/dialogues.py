@@ -152,7 +152,7 @@ def _series(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[float, flo
     ]
     step = max(1, math.ceil(len(found) / _POINTS))
     stretches = [found[k : k + step] for k in range(0, len(found), step)]
-    return [(_mean([u for u, _ in some]), float(f"{_mean([y for _, y in some]):.6g}")) for some in stretches]
+    return [(_mean([u for u, _ in some]), float(f"{_mean([y for _, y in some]):.9g}")) for some in stretches]
 
 
 def _evaluated(lines: Sequence[dict[str, Any]], config: Mapping[str, Any]) -> list[tuple[int, float, float | None]]:
@@ -331,17 +331,9 @@ def _scene(line: Mapping[str, Any], shelf: _Shelf) -> dict[str, Any] | None:
 
 def _spread(count: int) -> Iterator[int]:
     """All of 0 … count - 1, each once: the last, the first, and then ever denser between (van der Corput's order)."""
-    seen: set[int] = set()
-    for k in (count - 1, 0):
-        if k >= 0 and k not in seen:
-            seen.add(k)
-            yield k
     bits = max(1, (count - 1).bit_length())
-    for n in range(1, 1 << bits if count else 0):
-        place = int(f"{n:0{bits}b}"[::-1], 2) * count >> bits
-        if place not in seen:
-            seen.add(place)
-            yield place
+    between = (int(f"{n:0{bits}b}"[::-1], 2) * count >> bits for n in range(1 << bits))
+    yield from dict.fromkeys((count - 1, 0, *between) if count else ())
 
 
 # ---------------------------------------------------------------- files and values that may be anything
