@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--unseen-seeds", type=int, default=5, help="of the planners in unseen scenes")
-    parser.add_argument("--steps", type=int, default=600_000)
+    parser.add_argument("--steps", type=int, default=400_000)
     parser.add_argument("--episodes", type=int, default=400)
     parser.add_argument("--scenes", type=int, default=36)
     parser.add_argument("--worlds", type=int, default=64)

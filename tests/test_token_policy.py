@@ -146,7 +146,24 @@ def test_gradients_are_autograds(
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
 
 
+def test_replies_to_one_prompt_compute_it_once(tiny: Path, samples: list[TokenSample]) -> None:
+    assert len({s.prompt_ids for s in samples}) < len(samples)
+    policy = load(tiny)
+    perturb(policy)
+    seen: list[int] = []
+    part = policy._trainable.model.base_model.embed_tokens
+    part.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.shape[0] * out.shape[1]))
+    shared, spent = gradients(policy, samples, weights_for(samples)), sum(seen)
+    seen.clear()
+    policy._shares = False
+    alone = gradients(policy, samples, weights_for(samples))
+    assert spent < 0.7 * sum(seen)
+    for one, other in zip(shared, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4)
+
+
 def test_checkpointing_computes_layers_again_and_gives_the_same_bits(tiny: Path, samples: list[TokenSample]) -> None:
+    samples = list({s.prompt_ids: s for s in samples}.values())  # else prompts are shared only without checkpointing
     calls = {}
     found = []
     for checkpointing in (False, True):

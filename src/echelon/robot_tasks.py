@@ -268,8 +268,8 @@ class _Course:
 
 
 _Items = Sequence[int] | NDArray[np.int64]
-_Answer = Callable[[_Course, _Moment], Sequence[str] | None]
-"""The replies of all robots at a moment, or None to stop there."""
+_Key = tuple[int, tuple[tuple[str, ...], ...]]  # an item, and the replies of each of its turns so far
+_Answer = Callable[[_Course, _Moment], Sequence[str] | None]  # replies of all robots; None: stop there
 
 
 class RobotTask:
@@ -320,7 +320,7 @@ class RobotTask:
         self._subgoals = SubgoalConfig(every=settings.every, on_event=False, retries=1)
         ask = "Reply with one letter" + (" and a short message to the team." if settings.messages else ".")
         self._system = f"{self._about[self.name]} {ask}"
-        self._known: OrderedDict[tuple[int, tuple[tuple[str, ...], ...]], list[AgentPrompt]] = OrderedDict()
+        self._known: OrderedDict[_Key, list[AgentPrompt]] = OrderedDict()
 
     # -- as a team's task ----------------------------------------------------------------------
 
@@ -366,7 +366,7 @@ class RobotTask:
             scored.append(self._scored(course.results[-1], done=course.stopped is None))
         return scored
 
-    def _follow(self, keys: Sequence[tuple[int, tuple[tuple[str, ...], ...]]]) -> list[_Course]:
+    def _follow(self, keys: Sequence[_Key]) -> list[_Course]:
         """Play each item with these replies of its turns, up to where they are used up."""
 
         def answer(course: _Course, moment: _Moment) -> Sequence[str] | None:
@@ -377,7 +377,7 @@ class RobotTask:
         self._run(courses, lambda some: _Replies(self, some, answer))
         return courses
 
-    def _remember(self, key: tuple[int, tuple[tuple[str, ...], ...]], moment: _Moment) -> None:
+    def _remember(self, key: _Key, moment: _Moment) -> None:
         self._known[key] = self._prompts(moment)
         if len(self._known) > _PROMPTS:
             self._known.popitem(last=False)

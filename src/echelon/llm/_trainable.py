@@ -173,6 +173,11 @@ class Trainable:
         return found
 
     @property
+    def checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return bool(self._layers)
+
+    @property
     def num_held(self) -> int:
         """How many numbers are kept as weights, tied ones once, with the reference's copy where it has one."""
         return sum(self.held().values())

@@ -102,6 +102,8 @@ class TokenPolicy:
         self._micro_tokens, self._rows = micro_tokens, sample_rows
         model = trainable.model
         self._cache_class = require("transformers.cache_utils").DynamicCache
+        # Layers that are computed again keep no keys and values, so that a prompt can't be computed once for many.
+        self._shares = not trainable.checkpointing
         self._context = int(getattr(model.config, "max_position_embeddings", 0) or 0)
         ends = model.generation_config.eos_token_id
         more = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -505,8 +507,26 @@ class TokenPolicy:
         return found
 
     def _batches(self, samples: Sequence[TokenSample]) -> Iterator[list[int]]:
-        """Indices of the samples of each pass, neighbours in length together; empty replies are left out."""
-        return self._packed({i: len(s.prompt_ids) + len(s.reply_ids) - 1 for i, s in enumerate(samples) if s.reply_ids})
+        """Indices of the samples of each pass: replies to one prompt, and neighbours in length, together; empty
+        replies are left out."""
+        order = [i for i, sample in enumerate(samples) if sample.reply_ids]
+        if not self._shares:
+            yield from self._packed({i: len(samples[i].prompt_ids) + len(samples[i].reply_ids) - 1 for i in order})
+            return
+        order.sort(key=lambda i: (len(samples[i].prompt_ids), samples[i].prompt_ids, len(samples[i].reply_ids)))
+        batch: list[int] = []
+        prompts, longest = 0, 0
+        for i in order:
+            prompt, reply = samples[i].prompt_ids, len(samples[i].reply_ids)
+            more = prompts + (not batch or samples[batch[-1]].prompt_ids != prompt)
+            tokens = more * len(prompt) + (len(batch) + 1) * (max(longest, reply) - 1)
+            if batch and tokens > self._micro_tokens:
+                yield batch
+                batch, more, longest = [], 1, 0
+            batch.append(i)
+            prompts, longest = more, max(longest, reply)
+        if batch:
+            yield batch
 
     def _packed(self, lengths: Mapping[int, int]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -519,15 +539,32 @@ class TokenPolicy:
             yield batch
 
     def _hidden(self, model: Any, samples: Sequence[TokenSample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all tokens of the replies: the hidden state that each is drawn from, (N, H), its id and temperature."""
+        """Of all tokens of the replies: the hidden state that each is drawn from, (N, H), its id and temperature.
+
+        A prompt of several replies goes through once, for all of them: a group of G replies of L tokens to a prompt of
+        P costs P + G L tokens, and not G (P + L).
+        """
+        lengths = np.array([len(s.reply_ids) for s in samples])
         # The last token is drawn, not read. Right padding needs no mask: attention is causal.
-        rows = [[*s.prompt_ids, *s.reply_ids[:-1]] for s in samples]
-        hidden = model.base_model(input_ids=self._padded(rows), use_cache=False).last_hidden_state
-        lengths = [len(s.reply_ids) for s in samples]
-        place = np.concatenate([len(s.prompt_ids) - 1 + np.arange(len(s.reply_ids)) for s in samples])
+        if self._shares and len({s.prompt_ids for s in samples}) < len(samples):
+            cache, state, seen, place = self._prefill(model, [s.prompt_ids for s in samples])
+            hidden, first = state[:, None], np.zeros(len(samples), np.int64)
+            if lengths.max() > 1:
+                tokens = self._padded([s.reply_ids[:-1] for s in samples])
+                later = model.base_model(
+                    input_ids=tokens, attention_mask=torch.cat([seen, torch.ones_like(tokens)], 1),
+                    position_ids=place[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device),
+                    past_key_values=cache, use_cache=True,
+                ).last_hidden_state  # fmt: skip
+                hidden = torch.cat([hidden, later], 1)
+        else:
+            rows = self._padded([[*s.prompt_ids, *s.reply_ids[:-1]] for s in samples])
+            hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
+            first = np.array([len(s.prompt_ids) - 1 for s in samples])
+        place_of = np.concatenate([start + np.arange(n) for start, n in zip(first, lengths, strict=True)])
         ids = np.concatenate([np.array(s.reply_ids, np.int64) for s in samples])
         heat = np.repeat(np.array([s.temperature or 1.0 for s in samples], np.float32), lengths)
-        picked = hidden[self._tensor(np.repeat(np.arange(len(rows)), lengths)), self._tensor(place)]
+        picked = hidden[self._tensor(np.repeat(np.arange(len(samples)), lengths)), self._tensor(place_of)]
         return picked, self._tensor(ids), self._tensor(heat)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
