@@ -1,4 +1,4 @@
-"""A team's algorithm of one's own: replies are compared with a quantile of their group, so that one fluke moves little."""
+"""A team's algorithm of one's own: replies are compared with a quantile of their group, which no fluke moves far."""
 
 import dataclasses
 

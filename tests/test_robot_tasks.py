@@ -28,7 +28,6 @@ from echelon.robot_tasks import (
     WarehouseTeamSettings,
     lessons,
     read_reply,
-    solved,
     teacher_replies,
 )
 from echelon.tasks import AgentPrompt, Attempt, Turn, build_task, task_name, tasks
@@ -329,7 +328,7 @@ def test_rewards_add_up_to_what_was_done_less_the_time_that_it_took(warehouse: R
             done, time = sum(p["progress"] for p in parts), sum(p["time"] for p in parts)
             assert time == pytest.approx(-episode.steps / task.limit)
             assert episode.reward == pytest.approx(done + time)
-            assert episode.success == solved([turn.scored for turn in episode.turns]) == (done > 1 - 1e-9)
+            assert episode.success == task.solved([turn.scored for turn in episode.turns]) == (done > 1 - 1e-9)
             assert episode.success or episode.steps == task.limit
 
 

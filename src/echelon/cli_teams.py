@@ -54,7 +54,11 @@ def team_flags(
         base = read_team_toml(Path(file))
     elif base is None:
         base = team_from_toml({} if name is None else {"environment": name})
-    env = base.env if name is None or type(base.env) is known[name] else known[name]()
+    env = base.env
+    if name is not None and type(env) is not known[name]:
+        # Another task brings its own ways of sampling.
+        env = known[name]()
+        base = dataclasses.replace(base, env=env, rollout=cast(Any, None))
     if (wanted := _peek(args, "--method")) is not None and wanted != base.method:
         if wanted not in team_algorithms():
             raise unknown_name("method of a team of language models", wanted, team_algorithms())
@@ -117,6 +121,11 @@ def train_team(args: list[str]) -> int:
         def told(p: TeamProgress) -> None:
             for note in p.notes:
                 watch.note(f"{run.method}: {note}")
+            if p.imitating:
+                done, total = p.imitating
+                watch.show("imitation", done, total, f"updates, loss {p.metrics['loss']:.3f}")
+                return
+            watch.end("imitation")
             where = " ".join(f"{stage} {share:.0%}" for stage, share in p.shares.items())
             judged = "" if p.evaluation is None else f", evaluated {p.evaluation.get('return', float('nan')):.3f}"
             reward = f"reward {p.metrics['reward']:.3f}" if "reward" in p.metrics else ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +45,6 @@ __all__ = [
     "WarehouseTeamSettings",
     "lessons",
     "read_reply",
-    "solved",
     "teacher_replies",
 ]
 
@@ -66,6 +65,8 @@ _SAID = {SubgoalKind.FETCH: "I take {}", SubgoalKind.DELIVER: "I bring {}", Subg
 @dataclass(frozen=True)
 class RobotTeamSettings(TaskSettings):
     """What every team of robots can be told. All defaults are our choice."""
+
+    rollout: ClassVar[Mapping[str, Any]] = {"branch": "first", "turns": 12, "max_tokens": 12}
 
     size: int = 10
     """Side of the square map, in cells (5 to 256)."""
@@ -395,6 +396,14 @@ class RobotTask:
         told += [f"Robot {a} named {name}, which is another robot's." for a, name in result.conflicts]
         return Scored(sum(parts.values()), parts, " ".join(told), done)
 
+    def solved(self, scored: Sequence[Scored]) -> bool:
+        """Whether the turns of an episode, from its first, did the whole task: what success rates count."""
+        return math.isclose(sum(one.parts["progress"] for one in scored), 1.0, abs_tol=1e-9)
+
+    def lessons(self, items: _Items) -> list[tuple[int, AgentPrompt, str]]:
+        """See `Teaching.lessons`: after optimal assignment (Hungarian), as the function `lessons` has it."""
+        return lessons(self, items)
+
     # -- whole episodes ------------------------------------------------------------------------
 
     def play(self, items: _Items, answer: Callable[[int, list[AgentPrompt]], Sequence[str]]) -> list[Episode]:
@@ -608,11 +617,6 @@ def _option(request: PlanRequest, i: int, a: int, k: int) -> _Option:
 
 def _put(plan: Plan, i: int, a: int, option: _Option) -> None:
     plan.kind[i, a], plan.cell[i, a], plan.task[i, a] = option.kind, option.cell, option.task
-
-
-def solved(scored: Sequence[Scored]) -> bool:
-    """Whether the turns of an episode, from its first, did the whole task: what success rates count."""
-    return math.isclose(sum(one.parts["progress"] for one in scored), 1.0, abs_tol=1e-9)
 
 
 # -- lessons ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from echelon.configs import read_toml_file, toml_line, typed
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm._trainable import Adapt
 from echelon.llm.teams import Share
+from echelon.robot_tasks import RobotTeamSettings as RobotTeamSettings  # registers warehouse and search
 from echelon.tasks import TaskSettings, WritingSettings, task_name, tasks
 from echelon.team_rollouts import TeamRolloutConfig
 
@@ -71,8 +72,14 @@ class TeamRunConfig:
     """Updates between checkpoints."""
     threads: int | None = None
     """Processor threads to compute with; default: all cores. The last bits of results depend on it."""
-    rollout: TeamRolloutConfig = field(default_factory=TeamRolloutConfig)
-    """How replies are sampled."""
+    imitation: int = 0
+    """Updates by imitation before all others, in tasks that have a teacher (warehouse, search: optimal assignment)."""
+    imitation_batch: int = 32
+    """Replies of each agent in each of these."""
+    lessons: int = 256
+    """Items in which the teacher is watched."""
+    rollout: TeamRolloutConfig = cast(TeamRolloutConfig, None)  # noqa: RUF009
+    """How replies are sampled; default: as suits the task."""
     policy: TeamPolicyConfig = field(default_factory=TeamPolicyConfig)
     """What of the models learns."""
     algorithm: TeamConfig = cast(TeamConfig, None)  # noqa: RUF009
@@ -82,6 +89,8 @@ class TeamRunConfig:
         known = team_algorithms()
         if self.method not in known:
             raise unknown_name("method", self.method, known)
+        if cast(Any, self.rollout) is None:
+            object.__setattr__(self, "rollout", TeamRolloutConfig(**self.env.rollout))
         if cast(Any, self.algorithm) is None:
             object.__setattr__(self, "algorithm", known[self.method][1]())
         if type(self.algorithm) is not known[self.method][1]:
@@ -96,6 +105,9 @@ class TeamRunConfig:
             ("eval_every", self.eval_every >= 0, "at least 0"),
             ("eval_items", self.eval_items >= 0, "at least 0"),
             ("eval_samples", self.eval_samples >= 1, "at least 1"),
+            ("imitation", self.imitation >= 0, "at least 0"),
+            ("imitation_batch", self.imitation_batch >= 1, "at least 1"),
+            ("lessons", self.lessons >= 1, "at least 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("algorithm.joint", self.rollout.branch == "every" or self.algorithm.joint == "aligned",
              "aligned where rollout.branch is first"),
@@ -143,5 +155,6 @@ def team_from_toml(data: dict[str, Any], source: str = "config") -> TeamRunConfi
         table = data.pop(key, {})
         if not isinstance(table, dict):
             raise EchelonError(f"{source}: {key} must be a table, [{key}]")
-        values[key] = cls(**typed(cls, table, f"{source}: {key}."))
+        own = known[name].rollout if key == "rollout" else {}
+        values[key] = cls(**{**own, **typed(cls, table, f"{source}: {key}.")})
     return TeamRunConfig(**values, **typed(TeamRunConfig, data, f"{source}: ", ("environment",)))

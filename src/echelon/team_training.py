@@ -21,21 +21,22 @@ import torch
 from numpy.typing import NDArray
 
 from echelon._files import JsonLines, atomic_write_json, atomic_write_text, only_writer, remove_leftovers
+from echelon.algorithms.decisions import learn
 from echelon.algorithms.teams import TeamAlgorithm, team_algorithms
 from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
 from echelon.errors import EchelonError
 from echelon.llm.teams import load_team, load_team_state, save_team, team_state
-from echelon.llm.token_policy import TokenPolicy
+from echelon.llm.token_policy import TokenPolicy, TokenSample
 from echelon.rollouts import Clock
 from echelon.runs import versions
-from echelon.tasks import OwnTask, TeamTask, build_task
+from echelon.tasks import OwnTask, Solvable, Teaching, TeamTask, build_task
 from echelon.team_configs import TeamRunConfig, read_team_toml, team_to_toml
 from echelon.team_rollouts import Game, Scene, Tree, grow, play
 
 __all__ = ["TeamProgress", "TeamTrainer"]
 
-_ITEMS, _GROWN, _JUDGED = 81, 82, 83  # streams of the root seed
-_LOGS = ("metrics.jsonl", "evaluations.jsonl", "dialogues.jsonl", "timings.jsonl")
+_ITEMS, _GROWN, _JUDGED, _TAUGHT = 81, 82, 83, 84  # streams of the root seed
+_LOGS = ("imitation.jsonl", "metrics.jsonl", "evaluations.jsonl", "dialogues.jsonl", "timings.jsonl")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TeamProgress:
         evaluation: the newest evaluation, or None.
         shares: the share of the last update's time by stage.
         notes: what a person must know: items that were left out, answers that couldn't be scored.
+        imitating: while the team imitates, updates by imitation done and wanted.
     """
 
     update: int
@@ -56,6 +58,7 @@ class TeamProgress:
     evaluation: dict[str, Any] | None
     shares: dict[str, float]
     notes: tuple[str, ...] = ()
+    imitating: tuple[int, int] | None = None
 
 
 class TeamTrainer:
@@ -70,7 +73,7 @@ class TeamTrainer:
         config, folder: of the run.
         task: what the team works on.
         policies: one an agent; algorithm: how they learn.
-        update: updates done.
+        imitated, update: updates done, by imitation and after it.
     """
 
     def __init__(self, config: TeamRunConfig, folder: Path, *, task: TeamTask | None = None) -> None:
@@ -113,7 +116,10 @@ class TeamTrainer:
         )
         build = team_algorithms()[config.method][0]
         self.algorithm: TeamAlgorithm = build(config.algorithm, self.policies, config.seed)
-        self.update = self.samples = self.tokens = 0
+        if config.imitation and not isinstance(self.task, Teaching):
+            raise EchelonError(f"imitation is {config.imitation}, and task {self.task.name} has no teacher: leave it 0")
+        self.imitated = self.update = self.samples = self.tokens = 0
+        self._lessons: list[list[TokenSample]] | None = None
         self.seconds = 0.0
         self.evaluation: dict[str, Any] | None = None
         self._sizes = dict.fromkeys(_LOGS, 0)
@@ -169,12 +175,14 @@ class TeamTrainer:
             logs = {name: JsonLines(self.folder / name, size) for name, size in self._sizes.items()}
             try:
                 while self._owes() or self.update < c.updates:
-                    if self._owes():
+                    if self.imitated < c.imitation:
+                        self._imitate(logs, report)
+                    elif self._owes():
                         self._judge(logs, report)
                     else:
                         self._learn(logs, report)
                     done, stop = self.update == c.updates and not self._owes(), should_stop()
-                    if stop or done or self.update % c.checkpoint_every == 0:
+                    if stop or done or (self.imitated + self.update) % c.checkpoint_every == 0:
                         self._save(logs)
                     if stop and not done:
                         return False
@@ -191,6 +199,42 @@ class TeamTrainer:
         c = self.config
         due = c.eval_every and len(self._eval) and (self.update % c.eval_every == 0 or self.update == c.updates)
         return bool(due) and (self.evaluation is None or self.evaluation["update"] != self.update)
+
+    def _imitate(self, logs: dict[str, JsonLines], report: Callable[[TeamProgress], None]) -> None:
+        """One update by imitation: each agent's replies as probable as a teacher's."""
+        c, n = self.config, self.imitated
+        if self._lessons is None:
+            self._lessons = self._watch_teacher()
+        told: dict[str, float] = {}
+        for place, policy in enumerate(dict.fromkeys(self.policies)):
+            own = self._lessons[place]
+            batch = range(n * c.imitation_batch, (n + 1) * c.imitation_batch)
+            chosen = [own[self._order(_TAUGHT, k // len(own), len(own))[k % len(own)]] for k in batch]
+            found = learn(policy, chosen, lambda numbers: (-numbers[:, 0].mean(), {}))
+            told |= {f"loss_{place}": found["loss"], f"grad_norm_{place}": found["grad_norm"]}
+        self.imitated += 1
+        if self.imitated == c.imitation:
+            self._lessons = None
+            for policy in dict.fromkeys(self.policies):
+                policy.anchor()  # what they are now is what later learning is held to
+        loss = float(np.mean([value for name, value in told.items() if name.startswith("loss")]))
+        line = {"update": self.imitated, "loss": loss, **told}
+        logs["imitation.jsonl"].write(line)
+        report(TeamProgress(0, c.updates, line, None, {}, imitating=(self.imitated, c.imitation)))
+
+    def _watch_teacher(self) -> list[list[TokenSample]]:
+        """By policy, what its agents would have replied."""
+        assert isinstance(self.task, Teaching)
+        distinct = list(dict.fromkeys(self.policies))
+        found: list[list[TokenSample]] = [[] for _ in distinct]
+        heat = self.config.rollout.temperature
+        for agent, prompt, reply in self.task.lessons(self._train[: self.config.lessons]):
+            policy = self.policies[agent]
+            found[distinct.index(policy)].append(policy.written(prompt, reply, temperature=heat))
+        if not all(found):
+            raise EchelonError(f"the teacher of {self.task.name} has no reply for some agents in {self.config.lessons}"
+                               " items: let lessons be more")  # fmt: skip
+        return found
 
     def _learn(self, logs: dict[str, JsonLines], report: Callable[[TeamProgress], None]) -> None:
         """One update: grow trees, learn from them, log."""
@@ -228,7 +272,7 @@ class TeamTrainer:
         """Play the items kept for evaluation, and log what that brought."""
         c = self.config
         game = self.evaluate()
-        self.evaluation = {"update": self.update, **summary(game, self.task.roles, c.algorithm.discount)}
+        self.evaluation = {"update": self.update, **summary(game, self.task, c.algorithm.discount)}
         logs["evaluations.jsonl"].write(self.evaluation)
         for scene in game.scenes():
             logs["dialogues.jsonl"].write({"update": self.update, "kind": "eval", **_told(scene, self.task.roles)})
@@ -258,7 +302,7 @@ class TeamTrainer:
         """
         chosen = [int(i) for i in (self._eval[:items] if items else self._eval)]
         game = self.evaluate(chosen, samples)
-        result = {"update": self.update, **summary(game, self.task.roles, self.config.algorithm.discount)}
+        result = {"update": self.update, **summary(game, self.task, self.config.algorithm.discount)}
         with only_writer(self.folder):
             log = JsonLines(self.folder / f"{name}.dialogues.jsonl")
             try:
@@ -273,11 +317,12 @@ class TeamTrainer:
         """The items of an update: all of them once before any comes again."""
         batch, count = self.config.batch, len(self._train)
         places = range(update * batch, (update + 1) * batch)
-        return [int(self._train[self._order(place // count)[place % count]]) for place in places]
+        return [int(self._train[self._order(_ITEMS, place // count, count)[place % count]]) for place in places]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        sequence = np.random.SeedSequence(self.config.seed, spawn_key=(_ITEMS, epoch))
-        return np.random.Generator(np.random.Philox(sequence)).permutation(len(self._train))
+    def _order(self, stream: int, epoch: int, count: int) -> NDArray[np.int64]:
+        """Places 0 to count - 1 in an order that only the seed, the stream and the epoch decide."""
+        sequence = np.random.SeedSequence(self.config.seed, spawn_key=(stream, epoch))
+        return np.random.Generator(np.random.Philox(sequence)).permutation(count)
 
     def _notes(self, played: Tree | Game) -> tuple[str, ...]:
         notes = [told for _, told in played.skipped]
@@ -290,20 +335,21 @@ class TeamTrainer:
 
     def _save(self, logs: dict[str, JsonLines]) -> None:
         self._sizes = {name: log.sync() for name, log in logs.items()}
-        progress = {"update": self.update, "samples": self.samples, "tokens": self.tokens, "seconds": self.seconds,
+        progress = {"imitated": self.imitated, "update": self.update, "samples": self.samples,
+                    "tokens": self.tokens, "seconds": self.seconds,
                     "evaluation": self.evaluation, "sizes": self._sizes}  # fmt: skip
         tensors = {f"team.{name}": x for name, x in team_state(self.policies).items()}
         tensors |= {f"algorithm.{name}": x for name, x in self.algorithm.state_dict().items()}
         if self.update == self.config.updates:
             save_team(self.policies, self.folder / "team")
-        save_checkpoint(self.folder / "checkpoints", self.update, Checkpoint(progress, {}, tensors))
+        save_checkpoint(self.folder / "checkpoints", self.imitated + self.update, Checkpoint(progress, {}, tensors))
 
     def _load(self, checkpoint: Checkpoint) -> None:
         p = checkpoint.progress
         self.update, self.samples, self.tokens, self.seconds = (
             p["update"], p["samples"], p["tokens"], p["seconds"]
         )  # fmt: skip
-        self.evaluation, self._sizes = p["evaluation"], p["sizes"]
+        self.imitated, self.evaluation, self._sizes = p["imitated"], p["evaluation"], p["sizes"]
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): x for k, x in checkpoint.algorithm.items() if k.startswith(prefix)}
@@ -312,12 +358,12 @@ class TeamTrainer:
         self.algorithm.load_state_dict(part("algorithm."))
 
 
-def summary(game: Game, roles: Sequence[str], discount: float = 1.0) -> dict[str, Any]:
-    """What a team's play is worth: mean return with the spread over items, its parts, lengths, errors."""
+def summary(game: Game, task: TeamTask, discount: float = 1.0) -> dict[str, Any]:
+    """What a team's play is worth: mean return with its standard error over items, its parts, lengths, errors."""
     scenes = list(game.scenes())
     if not scenes:
         return {"episodes": 0}
-    told = _summary(scenes, roles)
+    told = _summary(scenes, task.roles)
     del told["new_samples"], told["new_tokens"]
     returns = game.returns(discount)
     by_item: dict[int, list[float]] = {}
@@ -325,7 +371,9 @@ def summary(game: Game, roles: Sequence[str], discount: float = 1.0) -> dict[str
         by_item.setdefault(path[0].item, []).append(value)
     means = np.array([np.mean(own) for own in by_item.values()])
     spread = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
-    return {"episodes": len(returns), "return": float(returns.mean()), "return_se": spread,
+    if isinstance(task, Solvable):
+        told = {"success": float(np.mean([task.solved([s.scored[0] for s in path]) for path in game.episodes])), **told}
+    return {"episodes": len(returns), "items": len(means), "return": float(returns.mean()), "return_se": spread,
             "turns": len(scenes) / len(returns), **told}  # fmt: skip
 
 

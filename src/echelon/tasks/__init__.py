@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from echelon.errors import EchelonError
-from echelon.tasks.base import AgentPrompt, Attempt, Scored, TaskSettings, TeamTask, Turn
+from echelon.tasks.base import AgentPrompt, Attempt, Scored, Solvable, TaskSettings, Teaching, TeamTask, Turn
 from echelon.tasks.coding import CodingSettings, CodingTask
 from echelon.tasks.functions import FunctionTask
 from echelon.tasks.writing import WritingSettings, WritingTask
@@ -20,7 +20,9 @@ __all__ = [
     "FunctionTask",
     "OwnTask",
     "Scored",
+    "Solvable",
     "TaskSettings",
+    "Teaching",
     "TeamTask",
     "Turn",
     "WritingSettings",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AgentPrompt", "Attempt", "Scored", "TaskSettings", "TeamTask", "Turn"]
+__all__ = ["AgentPrompt", "Attempt", "Scored", "Solvable", "TaskSettings", "Teaching", "TeamTask", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Base of a task's settings: numbers, words, paths and literals, with a docstring below each."""
+    """Base of a task's settings: numbers, words, paths and literals, with a docstring below each.
+
+    Attributes:
+        rollout: how replies are sampled in this task unless a run says otherwise, by name (turns, max_tokens, …).
+    """
+
+    rollout: ClassVar[Mapping[str, Any]] = {}
 
 
 class TeamTask(Protocol):
@@ -95,4 +101,22 @@ class TeamTask(Protocol):
     def score(self, attempts: Sequence[Attempt]) -> list[Scored]:
         """What each joint answer is worth, in their order. What can't be scored gets a `Scored.error`; an exception
         means that the task itself is broken."""
+        ...
+
+
+@runtime_checkable
+class Teaching(Protocol):
+    """What else a task has that knows good answers, so that a team can begin by imitation."""
+
+    def lessons(self, items: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, AgentPrompt, str]]:
+        """(agent, prompt, reply) of a teacher that plays these items."""
+        ...
+
+
+@runtime_checkable
+class Solvable(Protocol):
+    """What else a task has whose episodes succeed or fail."""
+
+    def solved(self, scored: Sequence[Scored]) -> bool:
+        """Whether the turns of an episode, from its first, did what was to be done."""
         ...

@@ -12,10 +12,10 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -308,6 +308,8 @@ _SYSTEM = "You are one of two programmers who write one Python program together.
 @dataclass(frozen=True)
 class CodingSettings(TaskSettings):
     """Settings of the task `coding`."""
+
+    rollout: ClassVar[Mapping[str, Any]] = {"turns": 2, "max_tokens": 256}
 
     data: str = ""
     """A .jsonl, one problem a line: entry_point, signature, description, tests (a list of asserts), and if wanted name,
