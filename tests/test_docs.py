@@ -19,16 +19,22 @@ from xml.etree import ElementTree
 
 import pytest
 
-from echelon import algorithms, cli, envs, methods, planners
+from echelon import algorithms, cli, cli_teams, envs, methods, planners, tasks
+from echelon.advantages import team_advantages
 from echelon.algorithms import (
     AlgorithmConfig,
     GRPOConfig,
     HiMACConfig,
     HiPERConfig,
+    IACConfig,
     IPPOConfig,
+    MAACConfig,
+    MAGRPOConfig,
     MAPPOConfig,
     QMIXConfig,
+    TeamConfig,
     VDNConfig,
+    team_algorithms,
 )
 from echelon.algorithms.decisions import LearnerConfig
 from echelon.configs import PLAIN_TABLES, GrowthConfig, PlanningConfig, RunConfig, read_toml
@@ -42,9 +48,17 @@ from echelon.planner_training import PlannerConfig, PlannerTrainer
 from echelon.planners.distilled import DistilConfig
 from echelon.planners.generating import FIELDS
 from echelon.planners.replies import FINDINGS
+from echelon.reports.dialogues import write_dialogues
+from echelon.robot_tasks import RobotTeamSettings, SearchTeamSettings, WarehouseTeamSettings
 from echelon.studies import Study, presets, read_study, run_study
 from echelon.studies.work import execute
 from echelon.subgoals import BESIDE, SubgoalConfig
+from echelon.tasks import CodingSettings, CodingTask, WritingSettings
+from echelon.tasks.coding import coding_reward
+from echelon.tasks.writing import ARXIV, TLDR
+from echelon.team_configs import TeamPolicyConfig, TeamRunConfig
+from echelon.team_rollouts import TeamRolloutConfig
+from echelon.team_training import TeamTrainer
 from echelon.training import Trainer
 from tiny_model import make_tiny_model
 
@@ -65,6 +79,7 @@ SMALLER = [
         r"imitation=\d+, lessons=\d+, iterations=\d+, scenes=\d+, worlds=\d+",
         "imitation=2, lessons=3, iterations=1, scenes=3, worlds=8, max_size=9, max_agents=3, threads=1",
     ),
+    (r"updates=\d+", "updates=1, threads=1"),
 ]
 OWN_COMMANDS = {"train-planner", "study", "reproduce", "report", "replay", "models", "check-env"}
 RUN_COMMANDS = {
@@ -76,7 +91,8 @@ RUN_COMMANDS = {
 # The files that pages show as TOML.
 TOML = {"quickstart.md": "search.toml", "studies.md": "aisles.toml"}
 # What these pages tell of other programs, and of an algorithm of one's own.
-FOREIGN_FLAGS = {"--no-deps", "--logdir", "--algorithm.fade", "--nproc-per-node"}
+FOREIGN_FLAGS = {"--no-deps", "--logdir", "--algorithm.fade", "--nproc-per-node", "--algorithm.quantile"}
+FOREIGN_FLAGS |= {"--env.largest"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +138,8 @@ def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     # A study's workers are processes of their own, which must find what this one found.
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).resolve().parents[1]))
     registers: list[dict[str, Any]] = [
-        envs._REGISTRY, planners._REGISTRY, methods._REGISTRY, algorithms.base._REGISTRY
+        envs._REGISTRY, planners._REGISTRY, methods._REGISTRY, algorithms.base._REGISTRY, tasks._REGISTRY,
+        algorithms.teams._TEAMS,
     ]  # fmt: skip
     before = [dict(register) for register in registers]
     yield
@@ -233,6 +250,40 @@ def test_own_learner_learns() -> None:
     assert odds["near"] > 0.9 and list(odds) == ["near", "far", "farthest"]
 
 
+@pytest.fixture(scope="module")
+def tiny_team(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a team's training that is over at once."""
+    model = make_tiny_model(tmp_path_factory.mktemp("team") / "model")
+    few = "--updates 2 --batch 1 --rollout.group 3 --rollout.max-tokens 2 --eval-items 1 --eval-samples 1 --threads 1"
+    return ["--model", f"hf:{model}", *few.split()]
+
+
+def test_own_team_task_trains(tiny_team: list[str]) -> None:
+    own = ["--method", "marloo", "--env", "sum", "--env.largest", "9", "--rollout.turns", "2"]
+    run_example("own_team_task.py", "train", *own, *tiny_team, "--out", "run")
+    assert "largest = 9" in Path("run/config.toml").read_text(encoding="utf-8")
+    told = lines_of(Path("run/dialogues.jsonl"))
+    assert {line["kind"] for line in told} == {"train", "eval"} and {len(line["path"]) for line in told} == {0, 1}
+    example = runpy.run_path(str(ROOT / "examples" / "own_team_task.py"))
+    task = example["Sum"](example["SumSettings"](largest=9))
+    assert {*task.items("train"), *task.items("eval")} == set(range(2, 10))
+    scored = task.score([tasks.Attempt(8, (), said) for said in (("3", "5."), ("3 of them", "1"), ("three", "5"))])
+    assert [one.reward for one in scored] == [1.0, 0.5, 0.0] and [one.done for one in scored] == [True, False, False]
+    assert "made 8" in task.prompts(8, [tasks.Turn(("3", "5"), scored[0])])[1].text
+
+
+def test_own_team_algorithm_trains_and_resumes(tiny_team: list[str]) -> None:
+    own = ["--method", "maquantile", "--env", "writing", "--algorithm.quantile", "0.75"]
+    run_example("own_team_algorithm.py", "train", *own, *tiny_team, "--out", "run")
+    half = [*own, *tiny_team, "--out", "half"]
+    half[half.index("--updates") + 1] = "1"
+    run_example("own_team_algorithm.py", "train", *half)
+    run_example("own_team_algorithm.py", "train", "--resume", "half", "--updates", "2")
+    told = lines_of(Path("run/metrics.jsonl"))
+    assert len(told) == 2 and lines_of(Path("half/metrics.jsonl")) == told
+    assert "quantile = 0.75" in Path("run/config.toml").read_text(encoding="utf-8")
+
+
 def test_own_study_runs_its_own_method(capfd: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "examples" / "own_study.py"))["main"]
     main(Path("study"), steps=2048, episodes=4)
@@ -287,8 +338,8 @@ def help_of(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def known_flags() -> dict[str, set[str]]:
-    """The flags in each command's help, with those of every world and algorithm."""
+def known_flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The flags in each command's help, with those of every world, algorithm and task."""
     learnt_by = {(m.algorithm, m.learner): m.name for m in methods.methods().values()}
     found = {}
     for command in cli._COMMANDS:
@@ -296,6 +347,13 @@ def known_flags() -> dict[str, set[str]]:
         if command not in OWN_COMMANDS:
             text += "".join(help_of(command, "--env", world) for world in envs.environments())
             text += "".join(help_of(command, "--method", name) for name in learnt_by.values())
+        if command == "train":
+            for name, task in (("magrpo", "writing"), ("iac", "coding"), ("ma-vdn", "warehouse"), ("iac", "search")):
+                text += help_of(command, "--method", name, "--env", task)
+        if command == "evaluate":
+            team = tmp_path_factory.mktemp("flags")
+            (team / "config.toml").write_text('method = "magrpo"', encoding="utf-8")
+            text += help_of(command, str(team))
         found[command] = set(re.findall(r"--[a-z][\w.-]*", text))
     return found
 
@@ -323,7 +381,10 @@ def test_commands_parse(page: Path, known_flags: dict[str, set[str]]) -> None:
         if not args[0].startswith("--"):
             flags = {a.split("=")[0] for a in args if a.startswith("--")}
             assert flags - {"--help"} <= known_flags[args[0]], f"{page.name}: echelon {' '.join(args)}"
-        if args[0] in RUN_COMMANDS and "--help" not in args:
+        if args[0] == "train" and "--help" not in args and (cli_teams.trains_a_team(args[1:]) or "--updates" in args):
+            team, _ = cli_teams.team_flags("train", args[1:], cli_teams._TrainFlags)
+            assert team.method in team_algorithms()
+        elif args[0] in RUN_COMMANDS and "--help" not in args:
             if "--config" in args and "runs/" in args[args.index("--config") + 1]:
                 args = [a for i, a in enumerate(args) if "--config" not in (a, args[i - 1])]
             rest = args[2:] if args[1:2] and args[1].startswith("runs/") else args[1:]
@@ -371,6 +432,29 @@ def test_commands_run_in_their_order(name: str, capsys: pytest.CaptureFixture[st
         assert cli.main(args) == 0, f"{name}: echelon {' '.join(args)}\n{capsys.readouterr().err}"
     if name == "docs/studies.md":
         assert Path("studies/aisles/report.html").exists()
+
+
+def test_a_teams_commands_run_in_their_order(tiny_team: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    model, lead = tiny_team[1], dict(zip(tiny_team[::2], tiny_team[1::2], strict=True))
+    for args in commands(ROOT / "docs/teams.md"):
+        args = [model if word == "smollm2-135m" or word.startswith("hf:") else word for word in args]
+        few = {flag: value for flag, value in lead.items() if flag != "--model" or flag not in args}
+        few |= {"--rollout.turns": "2"}
+        if "--resume" in args:
+            few = {"--updates": "3"}
+        elif args[0] == "evaluate":
+            few = {"--items": "1", "--samples": "2"}
+        elif "--imitation" in args:
+            few |= {"--imitation": "1", "--imitation-batch": "2", "--lessons": "2"}
+        for flag, value in few.items():
+            if flag in args:
+                args[args.index(flag) + 1] = value
+            else:
+                args += [flag, value]
+        assert cli.main(args) == 0, f"echelon {' '.join(args)}\n{capsys.readouterr().err}"
+    assert len(lines_of(Path("runs/writing/metrics.jsonl"))) == 3
+    assert json_of(Path("runs/writing/evaluation.json"))["episodes"] == 2
+    assert (Path("runs/writing") / "team" / "agent0").is_dir() and Path("runs/writing/dialogues.html").exists()
 
 
 def test_flags_of_the_docs_exist(known_flags: dict[str, set[str]]) -> None:
@@ -698,6 +782,15 @@ def test_presets_are_those_of_the_docs() -> None:
         ("docs/environments.md", "`warehouse`", WarehouseConfig()),
         ("docs/environments.md", "`search`", SearchConfig()),
         ("docs/environments.md", "`repair`", RepairConfig()),
+        ("docs/teams.md", "Of the run", TeamRunConfig()),
+        ("docs/teams.md", "`rollout`", TeamRolloutConfig()),
+        ("docs/teams.md", "`policy`", TeamPolicyConfig()),
+        ("docs/teams.md", "`algorithm`", TeamConfig()),
+        ("docs/teams.md", "`env` of `writing`", WritingSettings()),
+        ("docs/teams.md", "`env` of `coding`", CodingSettings()),
+        ("docs/teams.md", "`env` of robots", RobotTeamSettings()),
+        ("docs/teams.md", "`env` of `warehouse`", WarehouseTeamSettings()),
+        ("docs/teams.md", "`env` of `search`", SearchTeamSettings()),
     ],
     ids=str,
 )
@@ -708,17 +801,154 @@ def test_defaults_are_those_of_the_docs(page: str, head: str, config: Any) -> No
         own -= {f.name for f in dataclasses.fields(GridConfig)}
     if isinstance(config, LearnerConfig) and type(config) is not LearnerConfig:
         own -= {f.name for f in dataclasses.fields(LearnerConfig)}
+    if isinstance(config, RobotTeamSettings) and type(config) is not RobotTeamSettings:
+        own -= {f.name for f in dataclasses.fields(RobotTeamSettings)}
     own -= {name for name in own if dataclasses.is_dataclass(getattr(config, name))}
     told = {name: value for name, value in told.items() if name in {f.name for f in dataclasses.fields(config)}}
     assert set(told) == own
     for name, value in told.items():
         default = getattr(config, name)
+        default = ", ".join(default) if isinstance(default, tuple) else default
         assert value == (str(default).lower() if isinstance(default, bool) else str(default)), name
 
 
 def test_ippo_and_vdn_differ_in_the_one_thing_that_the_docs_tell() -> None:
     assert dataclasses.asdict(IPPOConfig()) == {**dataclasses.asdict(MAPPOConfig()), "critic": "local"}
     assert dataclasses.asdict(VDNConfig()) == {**dataclasses.asdict(QMIXConfig()), "mixer": "vdn"}
+
+
+# -- teams of language models ----------------------------------------------------------------
+
+
+def test_a_teams_methods_and_tasks_are_those_of_the_docs() -> None:
+    told = rows(section("docs/teams.md", "Methods").split("### ")[0])
+    assert [row[0].strip("`") for row in told] == list(team_algorithms())
+    heads = re.findall(r"^### `env` of `(\w+)`$", (ROOT / "docs/teams.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert heads == [name for name in tasks.tasks() if name != "own"]
+    text = " ".join(section("docs/teams.md", "`rollout`").split())
+    assert "`coding` brings `turns` 2 and `max_tokens` 256;" in text
+    assert "`warehouse` and `search` bring `branch` `first`, `turns` 12 and `max_tokens` 12." in text
+    assert CodingSettings.rollout == {"turns": 2, "max_tokens": 256}
+    assert WarehouseTeamSettings.rollout == SearchTeamSettings.rollout
+    assert WarehouseTeamSettings.rollout == {"branch": "first", "turns": 12, "max_tokens": 12}
+
+
+@pytest.mark.parametrize("head", ["`algorithm` without a critic", "`algorithm` with critics"])
+def test_a_teams_algorithms_defaults_are_those_of_the_docs(head: str) -> None:
+    text = section("docs/teams.md", head)
+    columns = re.findall(r"`([\w-]+)`", next(line for line in text.splitlines() if line.startswith("| setting")))
+    common = TeamConfig()
+    for place, name in enumerate(columns, 1):
+        config = team_algorithms()[name][1]()
+        own = {
+            f.name: str(value).lower() if isinstance(value, bool) else str(value)
+            for f in dataclasses.fields(config)
+            for value in [getattr(config, f.name)]
+            if not hasattr(common, f.name) or value != getattr(common, f.name)
+        }
+        told = {row[0].strip("`"): row[place].strip("`") for row in rows(text)}
+        assert {setting: value for setting, value in told.items() if value != "–"} == own, name
+    assert {name for name in team_algorithms() if hasattr(team_algorithms()[name][1](), "critic")} in (
+        set(columns), set(team_algorithms()) - set(columns)
+    )  # fmt: skip
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(number.replace("−", "-")) for number in cell.split(", ")]
+
+
+def test_numbers_about_teams_are_right() -> None:
+    told = rows(section("docs/teams.md", "With normalisation, four methods are one"))
+    assert [row[0] for row in told] == ["`mean`", "`max`", "`rloo`", "`raw`"]
+    for name, plain, normalised in told:
+        mode: Any = name.strip("`")
+        assert numbers(plain) == [round(x, 3) for x in team_advantages([1, 2, 2, 5], mode=mode)[0].tolist()]
+        same = team_advantages([1, 2, 2, 5], normalize=True)[0].tolist()
+        assert numbers(normalised) == [round(x, 3) for x in same]
+    counts = re.findall(
+        r"^\| (aligned|cross|branch first) \| (.*) \|$", section("docs/teams.md", "Joint actions"), re.MULTILINE
+    )
+    G, N = 4, 2
+    assert {name: [int(n.replace(",", "")) for n in row.split(" | ")] for name, row in counts} == {
+        "aligned": [G**t for t in (1, 2, 3)], "cross": [G ** (N * t) for t in (1, 2, 3)], "branch first": [G] * 3
+    }  # fmt: skip
+
+
+def test_rewards_of_the_tasks_are_those_of_the_docs() -> None:
+    for own in (TLDR, ARXIV):
+        points = [own.length_points, own.ratio_points, own.unique_points, own.transition_points, own.jaccard_points]
+        told = rows(section("docs/teams.md", "`writing`"))
+        assert [float(row[1]) for row in told] == points and sum(points) == pytest.approx(3.0)
+        place = 2 if own is TLDR else 3
+        for row, band in ((told[1], own.length_ratio), (told[2], own.unique_ratio)):
+            bounds = [float(x) for x in re.findall(r"\d\.\d", row[place])]
+            assert sorted(bounds) == sorted({x for x in (band.least, band.low, band.high, band.most) if x < 100})
+        assert f"{own.min_tokens} to {own.max_tokens}" in told[0][place]
+    known = {"aux_defined": True, "main_defined": True, "parses": True, "uses_aux": True}
+    parts = coding_reward(**known, passed=3, tests=3, thin=False, ignored=True)[1]
+    told = rows(section("docs/teams.md", "`coding`").split("### ")[0])
+    assert {row[0].strip("`"): float(row[1].replace("−", "-")) for row in told} == parts
+
+
+def test_problems_of_the_docs_can_be_read() -> None:
+    (block,) = (b for b in blocks("json") if b.page.name == "teams.md")
+    Path("problems.jsonl").write_text(block.text, encoding="utf-8")
+    task = CodingTask(CodingSettings(data="problems.jsonl"))
+    assert [(p.entry_point, len(p.tests)) for p in task.problems] == [("double_all", 2), ("last", 2)]
+
+
+@pytest.fixture(scope="module")
+def team_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Short runs of teams, which together log all that there is to log."""
+    place = tmp_path_factory.mktemp("teams")
+    model = f"hf:{make_tiny_model(place / 'model')}"
+    env = WarehouseTeamSettings(size=6, num_agents=2, num_packages=2, train_items=4, eval_items=2)
+    kinds = {
+        "magrpo": MAGRPOConfig(kl=0.1, kl_in="return", loss="clip"), "iac": IACConfig(kl=0.1), "maac": MAACConfig()
+    }  # fmt: skip
+    for name, algorithm in kinds.items():
+        run = TeamRunConfig(
+            method=name, env=env, model=(model,), updates=1, batch=1, eval_items=1, eval_samples=1, threads=1,
+            imitation=1, imitation_batch=2, lessons=2, algorithm=algorithm,
+            rollout=TeamRolloutConfig(group=2, max_tokens=2),
+        )  # fmt: skip
+        trainer = TeamTrainer(run, place / name)
+        assert trainer.run()
+        trainer.judge("evaluation", items=1, samples=1)
+        write_dialogues(place / name)
+    return [place / name for name in kinds]
+
+
+def fields_of(runs: list[Path], name: str) -> set[str]:
+    """The fields of a log, every agent's under the first one's name; the task's own parts are left out."""
+    found = {re.sub(r"_\d+$", "_0", field) for run in runs for line in lines_of(run / name) for field in line}
+    return {field for field in found if not field.startswith("part_")}
+
+
+def test_a_teams_logs_are_those_of_the_docs(team_runs: list[Path]) -> None:
+    metrics = names(section("docs/files.md", "A team's metrics"))
+    assert fields_of(team_runs, "metrics.jsonl") == metrics
+    text = section("docs/files.md", "A team's evaluations")
+    more = set(re.findall(r"`(\w+)`", text.split("as in the metrics,")[1]))
+    assert more <= metrics
+    assert fields_of(team_runs, "evaluations.jsonl") == names(text) | more
+    assert set(json_of(team_runs[0] / "evaluation.json")) == set(lines_of(team_runs[0] / "evaluations.jsonl")[0])
+    said = re.findall(r"`(\w+)`", section("docs/files.md", "A team's metrics").split("A line of `imitation.jsonl`")[1])
+    assert fields_of(team_runs, "imitation.jsonl") == set(said)
+    text = section("docs/files.md", "A team's dialogues")
+    lines = [line for run in team_runs for line in lines_of(run / "dialogues.jsonl")]
+    assert {field for line in lines for field in line} == names(text)
+    assert {field for line in lines for answer in line["answers"] for field in answer} <= set(
+        re.findall(r"`(\w+)`", text)
+    )
+
+
+def test_a_teams_files_are_those_of_the_docs(team_runs: list[Path]) -> None:
+    text = section("docs/files.md", "A team's run").split("### ")[0]
+    told = {row[0].strip("`").rstrip("/") for row in rows(text)}
+    assert {path.name for path in team_runs[0].iterdir()} | {".lock"} == told
+    assert {"agent0", "agent1", "team.json"} == {path.name for path in (team_runs[0] / "team").iterdir()}
+    assert set(lines_of(team_runs[0] / "timings.jsonl")[0]) <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_methods_are_those_of_the_docs() -> None:

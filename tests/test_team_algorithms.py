@@ -566,3 +566,27 @@ def test_reinforce_uses_the_return_as_it_is() -> None:
     policy = coin()
     MAREINFORCE(MAREINFORCEConfig(), [policy], 0).update([node([[(0, (0,)), (0, (0,))]], [1, 2])])
     np.testing.assert_allclose(policy.last_grad[0, 0], [-0.75, 0.75])
+
+
+@pytest.mark.parametrize("name", ["iac", "maac", "ma-vdn", "ma-qmix"])
+def test_where_all_went_alike_nothing_is_learnt(name: str) -> None:
+    game = CopyGame()
+    policies = game.policies(0)
+    build, config = team_algorithms()[name]
+    learner = build(config(), policies, 0)
+    roots = game.grow(policies, 4, "aligned", 0, 0)
+    for root in roots:
+        root.rewards = np.full_like(root.rewards, 2.5)
+    told = learner.update(roots)
+    assert (told["grad_norm_0"], told["grad_norm_1"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["iac", "maac", "ma-vdn", "ma-qmix"])
+def test_a_critic_of_replies_needs_replies_to_compare(name: str) -> None:
+    game = CopyGame()
+    policies = game.policies(0)
+    build, config = team_algorithms()[name]
+    roots = game.grow(policies, 1, "aligned", 0, 0)
+    with pytest.raises(EchelonError, match="at least 2 to a prompt"):
+        build(config(critic="q"), policies, 0).update(roots)
+    build(config(critic="v"), policies, 0).update(roots)

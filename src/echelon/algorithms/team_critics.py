@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echelon.algorithms.teams import TeamBatch, TeamConfig, TeamLearner
+from echelon.algorithms.teams import TeamBatch, TeamConfig, TeamLearner, TeamNode
 from echelon.errors import EchelonError
 from echelon.networks import MLP, ValueNorm
 from echelon.rng import spawn_keys
@@ -147,6 +147,17 @@ class CriticLearner(TeamLearner):
         for i, policy in enumerate(policies):
             if not hasattr(policy, "features"):
                 raise EchelonError(f"the model of agent {i} shows no features, which a critic needs: use magrpo")
+
+    def flatten(self, roots: Sequence[TeamNode]) -> TeamBatch:
+        """The trees as arrays.
+
+        Raises:
+            EchelonError: a critic q, and no replies to compare.
+        """
+        batch = super().flatten(roots)
+        if batch.group < 2 and self.config.critic == "q":
+            raise EchelonError("critic q compares an agent's replies: there must be at least 2 to a prompt")
+        return batch
 
     def prompts(self, batch: TeamBatch) -> list[Array32]:
         """By agent, the features of its prompt at each node, float32 `(M, d)`."""

@@ -356,7 +356,7 @@ class TeamLearner:
         for i, own in enumerate(advantages):
             flat = np.asarray(own, np.float64).reshape(-1)
             stats[f"advantage_std_{i}"] = float(flat.std())
-            weights.append(standardise(flat) if self.config.per_agent_norm else flat)
+            weights.append(standardise(flat, batch.returns) if self.config.per_agent_norm else flat)
         for policy, agents in self.places:
             items = [item for i in agents for item in batch.items[i]]
             known = None
@@ -481,11 +481,16 @@ class GroupLearner(TeamLearner):
         return out
 
 
-def standardise(flat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`(x - mean) / max(population standard deviation, 1e-6)`, float64 `(n,)`."""
+def standardise(flat: NDArray[np.float64], returns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Advantages with mean 0 and standard deviation 1, float64 `(n,)`.
+
+    They are divided by no less than a hundredth of the returns' deviation (our choice): where all went alike, what is
+    left of the advantages is a critic's noise, and must not be blown up. Without any spread of the returns they are 0.
+    """
+    least = 0.01 * float(np.ptp(returns) and returns.std())
     apart = flat - flat[0]  # so that equal ones are 0 exactly
     centred = apart - apart.mean()
-    out: NDArray[np.float64] = centred / max(float(centred.std()), 1e-6)
+    out: NDArray[np.float64] = centred / max(float(centred.std()), least, 1e-6) if least else 0 * centred
     return out
 
 
