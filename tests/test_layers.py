@@ -21,6 +21,7 @@ LAYERS = [
     {"planners"},
     {"advantages", "advantages_teams", "advantages_torch", "networks", "buffers", "mixing", "pibt"},
     {"algorithms"},
+    {"shaping"},
     {
         "methods",
         "configs",
@@ -52,6 +53,7 @@ SHARED = {
     # Parts that planners are put together from; `frugal` is the one that does it.
     "planners": {"base", "choosing", "hungarian", "replies", "student", "symmetry", "plan_cache", "distilled"},
     "algorithms": {"actor", "base", "decisions", "team_critics", "teams"},
+    "shaping": {"_kernels", "base", "gate"},
 }
 SEVENTH = {
     "methods",

@@ -1,0 +1,72 @@
+"""Rewards shaped by potentials, and what decides which: terms, mixtures, evidence, candidates, the gate.
+
+One file a world says what its terms are, and one line below makes them known.
+"""
+
+from __future__ import annotations
+
+from echelon.shaping.base import ShapingConfig, TermSet, mode_table, register, shaped_worlds, term_set
+from echelon.shaping.candidates import (
+    CONTINUING_TYPES,
+    FALLBACK_TYPES,
+    INITIAL_TYPES,
+    Candidate,
+    Checked,
+    CriticCard,
+    FinalSelection,
+    GeneratorReply,
+    Proposal,
+    ResultDiagnosis,
+    check_candidates,
+    is_nontrivial,
+    read_reply,
+)
+from echelon.shaping.evidence import Behaviour, CurveFeatures, Recording, behaviour, curve_features, evidence, flags
+from echelon.shaping.gate import Summary, Verdict, gate, reference_leads, score_lead, summarise
+from echelon.shaping.potential import PotentialShaper, ShapingRules, mixture, relabel
+from echelon.shaping.repair import REPAIR
+from echelon.shaping.search import SEARCH
+from echelon.shaping.warehouse import WAREHOUSE
+
+__all__ = [
+    "CONTINUING_TYPES",
+    "FALLBACK_TYPES",
+    "INITIAL_TYPES",
+    "Behaviour",
+    "Candidate",
+    "Checked",
+    "CriticCard",
+    "CurveFeatures",
+    "FinalSelection",
+    "GeneratorReply",
+    "PotentialShaper",
+    "Proposal",
+    "Recording",
+    "ResultDiagnosis",
+    "ShapingConfig",
+    "ShapingRules",
+    "Summary",
+    "TermSet",
+    "Verdict",
+    "behaviour",
+    "check_candidates",
+    "curve_features",
+    "evidence",
+    "flags",
+    "gate",
+    "is_nontrivial",
+    "mixture",
+    "mode_table",
+    "read_reply",
+    "reference_leads",
+    "register",
+    "relabel",
+    "score_lead",
+    "shaped_worlds",
+    "summarise",
+    "term_set",
+]
+
+register(WAREHOUSE)
+register(SEARCH)
+register(REPAIR)
