@@ -294,3 +294,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path)
     assert main(["evaluate", str(tmp_path / "killed"), "--items", "1", "--samples", "2"]) == 0
     assert json.loads((tmp_path / "killed" / "evaluation.json").read_text())["episodes"] == 2
     assert main(["train", "--resume", str(tmp_path / "killed"), "--batch", "2"]) == 2
+    page = tmp_path / "killed" / "dialogues.html"
+    page.unlink()
+    assert main(["replay", str(tmp_path / "killed")]) == 0
+    assert page.is_file()

@@ -322,11 +322,12 @@ def _compare(args: list[str]) -> int:
 
 def _replay(args: list[str]) -> int:
     """`echelon replay RUN|FILE [--out PAGE]`."""
+    from echelon.reports.dialogues import write_dialogues
     from echelon.reports.replay import load_replay, write_replay
 
     @dataclass(frozen=True)
     class Flags:
-        """Write the page that plays a run's episodes; it opens in any browser, without a network."""
+        """Write the page that plays a run's episodes, or has a team's dialogues; it opens without a network."""
 
         source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|FILE")]
         """A run's folder, or a replay's .json."""
@@ -335,6 +336,11 @@ def _replay(args: list[str]) -> int:
 
     flags = parse("replay", Flags, args)
     source = flags.source
+    if cli_teams.is_team_run(source):
+        if flags.out is not None:
+            raise EchelonError("--out does not go with a team of language models: its page is RUN/dialogues.html")
+        print(write_dialogues(source))
+        return 0
     if source.is_dir():
         found = sorted((source / "replays").glob("*.json"), key=lambda p: p.stat().st_mtime)
         if not found:
