@@ -226,6 +226,11 @@ def test_resumed_is_uninterrupted(method: str, model: str, tmp_path: Path) -> No
     whole = Trainer(config, tmp_path / "whole")
     assert whole.run()
     trainer = Trainer(config, tmp_path / "parts")
+    assert (tmp_path / "parts" / "config.toml").exists()
+    shown: list[tuple[int, int] | None] = []
+    assert not trainer.run(lambda progress: shown.append(progress.imitating), should_stop=lambda: True)
+    assert (shown, trainer.step) == ([(1, 2)], 0)  # stopped in the middle of its imitation
+    trainer = Trainer.resume(tmp_path / "parts")
     stops = 0
     while not trainer.run(should_stop=lambda: True):
         trainer = Trainer.resume(tmp_path / "parts")

@@ -73,8 +73,8 @@ def team_flags(
         frozen=True,
     )
     flags.__doc__ = (
-        f"{extra.__doc__}\n\n--env NAME picks the task ({', '.join(n for n in known if n != 'own')}), --config FILE reads a run's config.toml "
-        f"first; other flags go over it. Methods: {', '.join(team_algorithms())}."
+        f"{extra.__doc__}\n\n--env NAME picks the task ({', '.join(n for n in known if n != 'own')}), --config FILE "
+        f"reads a run's config.toml first; other flags go over it. Methods: {', '.join(team_algorithms())}."
     )
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(TeamRunConfig)} | {"env": env}
     parsed = parse(command, flags, args, flags(**values))

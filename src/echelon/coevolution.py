@@ -43,6 +43,7 @@ class GrowingRollouts(Rollouts):
     """Rollouts in which the planner learns, too.
 
     Attributes:
+        warmed: updates by imitation done.
         planner, policy: who plans, and its model.
         learner: how it learns.
     """
@@ -79,15 +80,28 @@ class GrowingRollouts(Rollouts):
             plays = {"alternate": self._macro + config.growth.practice, "executor": config.growth.practice}
             self.passes = plays.get(config.growth.schedule, self._macro)
         self.steps_per_update *= self.passes
-        self.updates = 0
+        self.updates = self.warmed = 0
+        self._warm = False
 
     def start(self) -> None:
-        """Let the planner imitate, then plan the first subgoals."""
-        self.warm_up()
+        """Plan the first subgoals; before that let the planner imitate, if it has not."""
+        if not self._warm:
+            self.warm_up()
         self.worlds.start()
 
-    def warm_up(self) -> None:
-        """Let the planner imitate another; the reference that it is later held to is what this made of it."""
+    def warm_up(
+        self,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Let the planner imitate another, whether it is done.
+
+        The reference that the planner is later held to is what this made of it.
+
+        Args:
+            report: called with the updates done and wanted.
+            should_stop: asked after each; called again, also in another process with this state, it goes on.
+        """
         c = self.config
         teacher = c.growth.warm_start
         if teacher == "auto":
@@ -103,12 +117,19 @@ class GrowingRollouts(Rollouts):
                 worlds.settle()
             decisions, targets = lessons.told(softness=c.growth.warm_softness, reviews=bool(c.subgoals.review))
             key = int(spawn_keys(c.seed, (35,), 1)[0])
-            for k in range(c.growth.warm_updates if len(decisions) else 0):
-                imitation_update(self.policy, decisions, targets, k, count=c.growth.warm_updates,
-                                 batch=c.growth.warm_batch, key=key)  # fmt: skip
+            count = c.growth.warm_updates if len(decisions) else 0
+            while self.warmed < count:
+                imitation_update(self.policy, decisions, targets, self.warmed, count=count, batch=c.growth.warm_batch,
+                                 key=key)  # fmt: skip
+                self.warmed += 1
+                report(self.warmed, count)
+                if self.warmed < count and should_stop():
+                    return False
         self.policy.warm_up(0, 0)
         self.policy.anchor()
         self.planner.forget()
+        self._warm = True
+        return True
 
     def update(self) -> tuple[Clock, dict[str, float]]:
         """One update of planner, executors or both, as the schedule says: where its time went, and what to log."""
@@ -189,7 +210,14 @@ class GrowingRollouts(Rollouts):
         """Everything that learns, as tensors by name."""
         state = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         state |= {f"learner.{k}": v for k, v in self.learner.state_dict().items()}
-        return super().state_dict() | state | {"growth.updates": torch.tensor(self.updates)}
+        return (
+            super().state_dict()
+            | state
+            | {
+                "growth.updates": torch.tensor(self.updates),
+                "growth.warmed": torch.tensor(self.warmed),
+            }
+        )
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state_dict` gave."""
@@ -202,4 +230,4 @@ class GrowingRollouts(Rollouts):
         self.policy.load_state_dict(part("policy."))
         self.policy.warm_up(0, 0)
         self.learner.load_state_dict(part("learner."))
-        self.updates = int(state["growth.updates"])
+        self.updates, self.warmed = int(state["growth.updates"]), int(state["growth.warmed"])

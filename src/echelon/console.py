@@ -109,6 +109,10 @@ class Watch:
         """Show a training run's progress: speed, success, where the time goes; each of its notes once."""
         for note in progress.notes:
             self.note(f"{what}: {note}")
+        if progress.imitating is not None:
+            self.show(f"{what}: imitation", *progress.imitating, "updates")
+            return
+        self.end(f"{what}: imitation")
         tsr = progress.metrics["tsr"]
         success = "TSR -" if tsr is None else f"TSR {tsr:.2f}"
         where = " ".join(f"{stage} {share:.0%}" for stage, share in progress.shares.items() if share >= 0.01)

@@ -60,6 +60,7 @@ class Progress:
         rate: environment steps a second since the last call.
         shares: the share of that time by stage.
         notes: what a person must know of its planners, such as that the model's budget is spent.
+        imitating: while a planner that learns imitates another, before the first step: updates done and wanted.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Progress:
     rate: float
     shares: dict[str, float]
     notes: tuple[str, ...] = ()
+    imitating: tuple[int, int] | None = None
 
 
 class Trainer:
@@ -88,7 +90,7 @@ class Trainer:
         """
         _require_free(folder)
         self._build(config, folder)
-        self.rollouts.start()
+        self._start()
         with only_writer(folder):
             # Once more: another process may have begun a run here meanwhile.
             _require_free(folder)
@@ -100,13 +102,19 @@ class Trainer:
         self.folder, self.step, self._plans = folder, 0, None
         self._pending: list[dict[str, Any]] = []
         self._sizes = {"metrics.jsonl": 0, "timings.jsonl": 0, "plans.jsonl": 0}
-        self._seconds, self._extended = 0.0, False
+        self._seconds, self._extended, self._started = 0.0, False, False
         build = GrowingRollouts if method(config.method).learner else Rollouts
         self.rollouts = build(config, lambda trace: self._record(vars(trace)), self._record)
         self.config, self.worlds = self.rollouts.config, self.rollouts.worlds
         self._model_start, self._model_base = spent_by(self.config, self.worlds), dict[str, float]()
 
     _plans: JsonLines | None
+
+    def _start(self) -> None:
+        """Plan the first subgoals; a planner that learns has minutes of imitation before it, which the run shows."""
+        if not isinstance(self.rollouts, GrowingRollouts):
+            self.rollouts.start()
+            self._started = True
 
     @classmethod
     def resume(cls, folder: Path, *, steps: int | None = None) -> Trainer:
@@ -131,7 +139,7 @@ class Trainer:
         checkpoint = load_checkpoint(saved[-1]) if saved else None
         trainer._build(config, folder)
         if checkpoint is None:
-            trainer.rollouts.start()
+            trainer._start()
         else:
             trainer._load(checkpoint)
         trainer._extended = extended
@@ -186,6 +194,16 @@ class Trainer:
         for line in self._pending:
             self._record(line)
         self._pending.clear()
+        if not self._started and isinstance(self.rollouts, GrowingRollouts):
+
+            def imitating(done: int, total: int) -> None:
+                report(Progress(0, c.steps, {}, 0.0, {}, imitating=(done, total)))
+
+            if not self.rollouts.warm_up(imitating, should_stop):
+                self._save(logs)
+                return False
+            self.rollouts.start()
+            self._started = True
         saved = self.step
         while self.step < min(until, c.steps):
             clock, learnt = self.rollouts.update()
@@ -280,7 +298,8 @@ class Trainer:
         save_checkpoint(
             self.folder / "checkpoints",
             self.step,
-            Checkpoint(progress, self.worlds.state_dict(), self.rollouts.state_dict()),
+            # Worlds that have not begun have no state: they begin when the run goes on.
+            Checkpoint(progress, self.worlds.state_dict() if self._started else {}, self.rollouts.state_dict()),
         )
         if isinstance(self.rollouts, GrowingRollouts):
             # For evaluations, and for others to plan with; this run goes on from its checkpoint.
@@ -321,7 +340,9 @@ class Trainer:
         self.rollouts.load_state_dict(checkpoint.algorithm)
         for planner, _ in self.worlds.planners:
             planner.load_state_dict(progress["planners"][planner.name])
-        self.worlds.load_state_dict(checkpoint.worlds)
+        if checkpoint.worlds:
+            self.worlds.load_state_dict(checkpoint.worlds)
+            self._started = True
 
 
 def _require_free(folder: Path) -> None:
