@@ -520,7 +520,8 @@ class TokenPolicy:
             prompt, reply = samples[i].prompt_ids, len(samples[i].reply_ids)
             more = prompts + (not batch or samples[batch[-1]].prompt_ids != prompt)
             tokens = more * len(prompt) + (len(batch) + 1) * (max(longest, reply) - 1)
-            if batch and tokens > self._micro_tokens:
+            # Prompts of one length: where rows are filled up on the left, some models' masks leave no finite number.
+            if batch and (tokens > self._micro_tokens or len(samples[batch[-1]].prompt_ids) != len(prompt)):
                 yield batch
                 batch, more, longest = [], 1, 0
             batch.append(i)
