@@ -13,7 +13,7 @@ from echelon.configs import read_toml_file
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
-from echelon.flags import _peek, _take, parse
+from echelon.flags import _peek, _take, parse, run_and_own
 from echelon.tasks import task_name, tasks
 from echelon.team_configs import TeamRunConfig, read_team_toml, team_from_toml
 
@@ -63,24 +63,12 @@ def team_flags(
         if wanted not in team_algorithms():
             raise unknown_name("method of a team of language models", wanted, team_algorithms())
         base = dataclasses.replace(base, method=wanted, algorithm=cast(Any, None))
-    flags = dataclasses.make_dataclass(
-        "Flags",
-        [
-            ("env", type(env), dataclasses.field(default_factory=type(env))),
-            ("algorithm", type(base.algorithm), dataclasses.field(default_factory=type(base.algorithm))),
-        ],
-        bases=(extra, TeamRunConfig),
-        frozen=True,
+    note = (
+        f"--env NAME picks the task ({', '.join(n for n in known if n != 'own')}), --config FILE reads a run's "
+        f"config.toml first; other flags go over it. Methods: {', '.join(team_algorithms())}."
     )
-    flags.__doc__ = (
-        f"{extra.__doc__}\n\n--env NAME picks the task ({', '.join(n for n in known if n != 'own')}), --config FILE "
-        f"reads a run's config.toml first; other flags go over it. Methods: {', '.join(team_algorithms())}."
-    )
-    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(TeamRunConfig)} | {"env": env}
-    parsed = parse(command, flags, args, flags(**values))
-    run = TeamRunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(TeamRunConfig)})
-    own = extra(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cast(Any, extra))})
-    return run, own
+    tables = {"env": type(env), "algorithm": type(base.algorithm)}
+    return run_and_own(command, args, base, {"env": env}, tables, extra, note)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.methods import methods
 from echelon.subgoals import SubgoalConfig
 
-__all__ = ["env_flags", "parse", "run_flags", "run_folder"]
+__all__ = ["env_flags", "parse", "run_and_own", "run_flags", "run_folder"]
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
@@ -184,27 +185,42 @@ def run_flags(
     if (wanted := _peek(args, "--method")) is not None:
         # A method brings the settings of its algorithm, which are then flags.
         base = base.with_method(wanted)
-    flags = dataclasses.make_dataclass(
-        "Flags",
-        [
-            ("env", type(env), dataclasses.field(default_factory=type(env))),
-            ("subgoals", SubgoalConfig, dataclasses.field(default_factory=SubgoalConfig)),
-            ("algorithm", type(base.algorithm), dataclasses.field(default_factory=type(base.algorithm))),
-            ("learner", *_learner(base)),
-            *((name, cls, dataclasses.field(default_factory=cls)) for name, cls in PLAIN_TABLES.items()),
-        ],
-        bases=(extra, RunConfig),
-        frozen=True,
+    tables = {"env": type(env), "subgoals": SubgoalConfig, "algorithm": type(base.algorithm), **PLAIN_TABLES}
+    note = (
+        f"--env NAME picks the environment ({', '.join(known)}), --config FILE reads a run's config.toml first; other "
+        f"flags go over it. Methods: {', '.join(methods())}."
     )
-    flags.__doc__ = (
-        f"{extra.__doc__}\n\n--env NAME picks the environment ({', '.join(known)}), --config FILE reads a run's "
-        f"config.toml first; other flags go over it. Methods: {', '.join(methods())}."
-    )
-    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(RunConfig)} | {"env": env}
-    parsed = parse(command, flags, args, flags(**values))
-    run = RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
+    return run_and_own(command, args, base, {"env": env}, tables, extra, note, [("learner", *_learner(base))])
+
+
+def run_and_own(
+    command: str,
+    args: list[str],
+    base: C,
+    changed: dict[str, Any],
+    tables: dict[str, type[Any]],
+    extra: type[T],
+    note: str,
+    fields: Sequence[tuple[str, Any, Any]] = (),
+) -> tuple[C, T]:
+    """A run's config and a command's own flags (`extra`), parsed together.
+
+    Args:
+        command, args: see `parse`.
+        base: the config that the flags go over, with `changed` in it.
+        tables: the classes of those of its tables that depend on the run, which are then flags.
+        extra: the command's own flags; its docstring begins the help.
+        note: what the help says after that.
+        fields: more fields, as `make_dataclass` takes them.
+    """
+    cls = type(base)
+    own_tables = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in tables.items()]
+    flags = dataclasses.make_dataclass("Flags", [*own_tables, *fields], bases=(extra, cls), frozen=True)
+    flags.__doc__ = f"{extra.__doc__}\n\n{note}"
+    names = [f.name for f in dataclasses.fields(cast(Any, cls))]
+    parsed = parse(command, flags, args, flags(**({name: getattr(base, name) for name in names} | changed)))
     own = extra(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cast(Any, extra))})
-    return run, own
+    return cls(**{name: getattr(parsed, name) for name in names}), own
 
 
 def _learner(base: RunConfig) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from echelon.errors import EchelonError
 from echelon.llm.prompts import clean
-from echelon.planners.replies import LOOK, _objects
+from echelon.planners.replies import LOOK, json_objects
 from echelon.shaping.base import ShapingConfig, TermSet
 
 __all__ = [
@@ -153,7 +153,7 @@ def read_reply(text: str, schema: type[R], check: Callable[[R], list[str]] | Non
         the reply, or None; and what is wrong with it, a line each, for a repair round. One that fits its schema is
         given back also where `check` has complaints.
     """
-    found = _objects(text[:LOOK].rpartition("</think>")[2], [])
+    found = json_objects(text[:LOOK].rpartition("</think>")[2], [])
     if not found:
         return None, ["the reply holds no JSON object"]
     reasons: list[str] = []
