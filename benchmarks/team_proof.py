@@ -7,7 +7,8 @@ Parts, each of which takes up what an earlier call has finished:
 - `writing`: SmolLM2-135M with one adapter an agent, MAGRPO, 3 seeds: the return on texts kept for evaluation as it
   rises from where the untouched model is;
 - `robots`: one planner a robot that sees its own scene and hears messages, by imitation and by MAGRPO after it, beside
-  optimal assignment, `nearest`, random letters and one central model: success, and tokens a decision.
+  optimal assignment, `nearest`, random letters and one central model: success, and tokens a decision (10 minutes of
+  one core a seed; see `_team_robots.py`).
 
     python benchmarks/team_proof.py game writing robots --out DIR --json docs/results/teams.json
 """
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from _team_robots import robots, robots_table
 from echelon._files import atomic_write_json
 from echelon.algorithms.teams import team_algorithms
 from echelon.runs import processor
@@ -33,6 +35,9 @@ from echelon.team_rollouts import TeamRolloutConfig
 from echelon.team_training import TeamTrainer
 
 LETTERS = "abcd"
+# Step size, and how many times the updates: a step is large and noisy without a baseline, slow where no reply is ever
+# better than expected, and misled until value heads know anything.
+PACES = {"mareinforce": (1.5e-3, 2), "maremax": (1e-3, 4), "ma-vdn": (1.5e-3, 2), "ma-qmix": (1.5e-3, 2)}
 
 
 def tiny_model(folder: Path) -> str:
@@ -72,15 +77,14 @@ def game(out: Path, seeds: int, updates: int) -> dict[str, Any]:
     model = tiny_model(out / "tiny")
     found: dict[str, Any] = {"updates": updates, "optimum": 2.0}
     for name in team_algorithms():
-        # Without a baseline a step is large and noisy: half of it, twice as often.
-        slow = name in ("mareinforce", "maremax")
+        lr, times = PACES.get(name, (3e-3, 1))
         cell: dict[str, Any] = {"curve": [], "updates_to_0.95": [], "seconds": []}
         for seed in range(seeds):
             task = FunctionTask(list(LETTERS), copy_game, [str, str], eval_dataset=list(LETTERS))
             config = TeamRunConfig(
-                method=name, model=(model,), share="separate", updates=updates * (2 if slow else 1), batch=4, seed=seed,
+                method=name, model=(model,), share="separate", updates=updates * times, batch=4, seed=seed,
                 eval_every=10, eval_samples=32, checkpoint_every=10**6, threads=1,
-                policy=TeamPolicyConfig(adapt="full", lr=1.5e-3 if slow else 3e-3),
+                policy=TeamPolicyConfig(adapt="full", lr=lr),
                 rollout=TeamRolloutConfig(group=8, max_tokens=1, temperature=1.0),
             )  # fmt: skip
             cell["curve"].append(curve(config, out / f"game-{name}-{seed}", task, cell["seconds"]))
@@ -142,6 +146,8 @@ def tables(told: dict[str, Any]) -> str:
         for k, (update, _, _) in enumerate(cell["curve"][0]):
             lines += [f"| {update} | {interval([c[k][1] for c in cell['curve']])} |"]
         lines += [""]
+    if "robots" in told:
+        lines += robots_table(told["robots"], interval)
     return "\n".join(lines)
 
 
@@ -152,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, help="default: 5, for SmolLM2 3")
-    parser.add_argument("--updates", type=int, help="default: game 100, writing 40")
+    parser.add_argument("--updates", type=int, help="default: game 100, writing 40, robots 8 (after 64 of imitation)")
     args = parser.parse_args()
     told = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     told |= {"processor": processor()}
@@ -160,6 +166,8 @@ def main() -> None:
         told["game"] = game(args.out, args.seeds or 5, args.updates or 100)
     if "writing" in args.parts:
         told["writing"] = writing(args.out, args.seeds or 3, args.updates or 40)
+    if "robots" in args.parts:
+        told["robots"] = robots(args.out, args.seeds or 3, args.updates or 8)
     if args.json:
         atomic_write_json(args.json, told)
     print(tables(told))

@@ -50,6 +50,7 @@ from echelon.planners.generating import FIELDS
 from echelon.planners.replies import FINDINGS
 from echelon.reports.dialogues import write_dialogues
 from echelon.robot_tasks import RobotTeamSettings, SearchTeamSettings, WarehouseTeamSettings
+from echelon.shaping import ShapingSettings
 from echelon.studies import Study, presets, read_study, run_study
 from echelon.studies.work import execute
 from echelon.subgoals import BESIDE, SubgoalConfig
@@ -532,6 +533,11 @@ def model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             method=name, env=env, steps=512, num_envs=8, threads=1, model=f"hf:{model}", algorithm=algorithm
         )
         Trainer(config, place / name).run()
+    shaped = RunConfig(
+        method="flat-mappo", env=env, steps=512, num_envs=8, threads=1, algorithm=MAPPOConfig(rollout=16),
+        shaping=ShapingSettings(mode="balanced_delivery"),
+    )  # fmt: skip
+    Trainer(shaped, place / "shaped").run()
     base = RunConfig(
         method="l2m2", env=env, steps=512, num_envs=8, threads=1, model=f"hf:{model}", algorithm=MAPPOConfig(rollout=16)
     )
@@ -559,7 +565,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_metrics_fields_are_those_of_the_docs(model_run: Path) -> None:
     written = {f"subgoals_{name}" for name in BESIDE}
     findings = {f"model_{name}" for name in FINDINGS}
-    for name in ("flat-mappo", "flat-grpo", "l2m2", "qmix", "spared", "writes", "hiper", "himac"):
+    for name in ("flat-mappo", "flat-grpo", "l2m2", "qmix", "shaped", "spared", "writes", "hiper", "himac"):
         written |= {field for line in lines_of(model_run / name / "metrics.jsonl") for field in line}
     assert findings <= written
     assert written - findings == names(section("docs/files.md", "metrics.jsonl"))
@@ -619,7 +625,7 @@ def test_a_models_tables_are_those_of_the_docs() -> None:
         for page in ("docs/models.md", "docs/learning.md")
     ]
     assert heads[1] == ["growth", "policy", "learner"]
-    assert heads[0] == [name for name in PLAIN_TABLES if name not in heads[1]]
+    assert heads[0] == [name for name in PLAIN_TABLES if name not in {*heads[1], "shaping"}]
     told = set(re.findall(r"^\| `\[(\w+)\]` ", section("docs/files.md", "config.toml"), re.MULTILINE))
     assert told == {"env", "subgoals", "algorithm", "learner", *PLAIN_TABLES}
 
@@ -767,6 +773,7 @@ def test_presets_are_those_of_the_docs() -> None:
         ("docs/methods.md", "MAPPO", MAPPOConfig()),
         ("docs/methods.md", "GRPO", GRPOConfig()),
         ("docs/methods.md", "QMIX and VDN", QMIXConfig()),
+        ("docs/methods.md", "Shaped rewards", ShapingSettings()),
         ("docs/learning.md", "A planner by itself", PlannerConfig()),
         ("docs/learning.md", "`growth`", GrowthConfig()),
         ("docs/learning.md", "`policy`", PolicyConfig()),

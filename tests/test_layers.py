@@ -36,6 +36,7 @@ LAYERS = [
         "planner_training",
         "rollouts",
         "coevolution",
+        "forking",
         "team_configs",
         "team_rollouts",
         "team_training",
@@ -43,8 +44,9 @@ LAYERS = [
     },
     {"evaluation"},
     {"studies"},
+    {"also"},
     {"reports"},
-    {"cli", "cli_planner", "cli_studies", "cli_teams", "console", "fetching", "flags"},
+    {"cli", "cli_also", "cli_planner", "cli_studies", "cli_teams", "console", "fetching", "flags"},
     {"__main__"},
 ]
 SHARED = {
@@ -53,7 +55,7 @@ SHARED = {
     # Parts that planners are put together from; `frugal` is the one that does it.
     "planners": {"base", "choosing", "hungarian", "replies", "student", "symmetry", "plan_cache", "distilled"},
     "algorithms": {"actor", "base", "decisions", "team_critics", "teams"},
-    "shaping": {"_kernels", "base", "gate"},
+    "shaping": {"_kernels", "base", "candidates", "gate", "heuristic", "model_proposer", "potential", "situation"},
 }
 SEVENTH = {
     "methods",
@@ -69,6 +71,7 @@ SEVENTH = {
     "planner_training",
     "rollouts",
     "coevolution",
+    "forking",
     "team_configs",
     "team_rollouts",
     "team_training",
@@ -84,6 +87,7 @@ FORBIDDEN = {
     "algorithms": {"rich", "tyro"},
     "training": {"rich", "tyro"},
     "coevolution": {"rich", "tyro"},
+    "forking": {"rich", "tyro"},
     "planner_training": {"rich", "tyro"},
     "team_training": {"rich", "tyro"},
 }

@@ -264,3 +264,24 @@ def test_a_reference_never_makes_it_easier(nc, it, ref) -> None:
     for soft in (False, True):
         if gate(nc, {"a": it}, ref, soft=soft).accepted:
             assert gate(nc, {"a": it}, soft=soft).accepted
+
+
+def test_a_rise_is_no_spike() -> None:
+    rise = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8]
+    published, ours = summarise(rise), summarise(rise, rising=True)
+    assert published.spike_gap == pytest.approx(0.38)
+    assert ours.spike_gap == pytest.approx(0.0)
+    assert ours.std < 0.03 < published.std
+    assert (ours.last_k, ours.auc, ours.final) == (published.last_k, published.auc, published.final)
+    # The gate as published sends this branch away for its rise; a fall from a peak is a fall for both.
+    still = summarise([0.0] * 6)
+    assert not gate(still, {"a": published}).accepted
+    assert gate(still, {"a": ours}).accepted
+    fall = summarise([0.1, 0.2, 0.8, 0.5, 0.3, 0.3], rising=True)
+    assert fall.spike_gap == pytest.approx(0.8 - 0.475)
+    assert not gate(still, {"a": fall}).accepted
+
+
+def test_of_a_flat_curve_the_rise_changes_nothing() -> None:
+    flat = [0.5] * 7
+    assert summarise(flat, rising=True) == summarise(flat)

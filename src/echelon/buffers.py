@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ReplayMemory", "Replayed", "RolloutBuffer"]
+__all__ = ["ReplayMemory", "Replayed", "RolloutBuffer", "team_mean"]
 
 
 Final = tuple[int, NDArray[np.int64], NDArray[np.int8], NDArray[np.int8], NDArray[np.uint8]]
@@ -30,10 +30,22 @@ class RolloutBuffer:
         begins: bool `(T + 1, W)`, where an episode begins at that row.
         finals: a list of (t, worlds int64 `(n,)`, obs int8 `(n, A, D)`, state int8 `(n, S)`, mask uint8
             `(n, A, actions)`), all of the true last state.
+        num_terms: K, the potential terms of a run whose rewards are shaped; 0: of one whose rewards aren't.
+        unshaped: float32 `(T, W)`, the team's reward without what potentials added; phi, next_phi: float32
+            `(T, W, K)`, the terms before the step and of the true next state. All of size 0 where K is 0.
     """
 
-    def __init__(self, steps: int, num_envs: int, num_agents: int, obs_size: int, state_size: int, actions: int):
-        """All sizes at least 1."""
+    def __init__(
+        self,
+        steps: int,
+        num_envs: int,
+        num_agents: int,
+        obs_size: int,
+        state_size: int,
+        actions: int,
+        num_terms: int = 0,
+    ):
+        """All sizes at least 1, but for `num_terms`."""
         T, W, A = steps, num_envs, num_agents
         self.steps = steps
         self.obs = np.zeros((T + 1, W, A, obs_size), np.int8)
@@ -46,6 +58,14 @@ class RolloutBuffer:
         self.ended = np.zeros((T, W, A), bool)
         self.begins = np.zeros((T + 1, W), bool)
         self.finals: list[Final] = []
+        self.num_terms = num_terms
+        self.unshaped = np.zeros((T, W if num_terms else 0), np.float32)
+        self.phi, self.next_phi = np.zeros((2, T, W if num_terms else 0, num_terms), np.float32)
+
+
+def team_mean(reward: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The team's reward of its agents' `(…, A)`: their mean, float32 `(…,)`."""
+    return np.asarray(reward.mean(-1))
 
 
 @dataclass(frozen=True)
@@ -87,9 +107,13 @@ class ReplayMemory:
     Attributes:
         segments: how many are held now.
         capacity: how many fit.
+        num_terms: K, the potential terms kept with each step, as the first rollout had them (0: rewards aren't
+            shaped). With them are kept, for whoever computes `reward` anew, `unshaped`, float32 `(segments, T)`, and
+            `phi` and `next_phi`, float32 `(segments, T, K)`.
     """
 
     _ARRAYS = ("obs", "state", "mask", "begins", "actions", "reward", "terminated", "ended", "memory")
+    _TERMS = ("unshaped", "phi", "next_phi")
 
     def __init__(
         self, rollouts: int, steps: int, num_envs: int, num_agents: int, obs_size: int, state_size: int, actions: int,
@@ -110,6 +134,14 @@ class ReplayMemory:
         # True last states are rare: they are kept beside the arrays, by (segment, step).
         self._cut = np.zeros((n, T), bool)
         self._finals: dict[tuple[int, int], tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.uint8]]] = {}
+        self._make_room(0)
+
+    def _make_room(self, num_terms: int) -> None:
+        """For `num_terms` potential terms, in an empty memory."""
+        n, T = self.reward.shape if num_terms else (0, 0)
+        self.num_terms = num_terms
+        self.unshaped = np.zeros((n, T), np.float32)
+        self.phi, self.next_phi = np.zeros((2, n, T, num_terms), np.float32)
 
     def add(self, buffer: RolloutBuffer, memory: NDArray[np.float32]) -> None:
         """Keep a rollout, in the place of the oldest one where there is no room.
@@ -117,14 +149,23 @@ class ReplayMemory:
         Args:
             buffer: the rollout.
             memory: float32 `(W, A, H)`, what the policy remembered before its first step.
+
+        Raises:
+            ValueError: the rollout has other potential terms than what is kept already.
         """
+        if buffer.num_terms != self.num_terms:
+            if self.segments:
+                raise ValueError(f"a rollout of {buffer.num_terms} terms among some of {self.num_terms}")
+            self._make_room(buffer.num_terms)
         begin = self._next
         here = slice(begin, begin + self._width)
         for i, t in np.argwhere(self._cut[here]).tolist():
             del self._finals[begin + i, t]
         for name in ("obs", "state", "mask", "begins", "actions"):
             getattr(self, name)[here] = getattr(buffer, name).swapaxes(0, 1)
-        self.reward[here] = buffer.reward.mean(2).T
+        for name in self._TERMS if self.num_terms else ():
+            getattr(self, name)[here] = getattr(buffer, name).swapaxes(0, 1)
+        self.reward[here] = team_mean(buffer.reward).T
         self.terminated[here] = buffer.terminated.all(2).T
         self.ended[here] = buffer.ended.all(2).T
         self.memory[here] = memory
@@ -156,6 +197,7 @@ class ReplayMemory:
         keys = sorted(self._finals)
         return {
             **{name: getattr(self, name)[: self.segments].copy() for name in self._ARRAYS},
+            **{name: getattr(self, name)[: self.segments].copy() for name in self._TERMS if self.num_terms},
             "next": np.array(self._next),
             "final_at": np.array(keys, np.int64).reshape(-1, 2),
             **self._stacked([self._finals[key] for key in keys]),
@@ -164,7 +206,8 @@ class ReplayMemory:
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Put back what `state_dict` gave."""
         self.segments, self._next = len(state["obs"]), int(state["next"])
-        for name in self._ARRAYS:
+        self._make_room(state["phi"].shape[2] if "phi" in state else 0)
+        for name in (*self._ARRAYS, *(self._TERMS if self.num_terms else ())):
             getattr(self, name)[: self.segments] = state[name]
         self._cut[:] = False
         self._finals = {}

@@ -40,6 +40,7 @@ from echelon.planners.plan_cache import CachedPlans, PlanCache
 from echelon.planners.recorded import RecordedPlanner
 from echelon.rollout import PlanTrace, TeamWorlds
 from echelon.runs import processor
+from echelon.shaping import PotentialShaper, term_set
 from echelon.subgoals import FEATURES
 
 __all__ = [
@@ -237,7 +238,7 @@ def build_worlds(
         config: the run.
         num_envs: worlds in the batch.
         seed: root seed of the worlds and of what planners draw.
-        training: while training, a language model plans only its share of the worlds.
+        training: while training, a language model plans only its share of the worlds, and rewards may be shaped.
         on_plan, trace_all, on_subgoals: see `TeamWorlds`.
         planner: plans all worlds in the place of the run's own.
     """
@@ -260,6 +261,10 @@ def build_worlds(
         planners.append((planner, mine))
         if not mine.all():
             planners.append((make_rule_planner(config.cheap_planner), ~mine))
+    shaping = None
+    if training and (mixture := config.shaping.config(env.name)) is not None:
+        terms, rules = term_set(env.name), config.shaping.rules(env, config.algorithm.gamma)
+        shaping = (terms, PotentialShaper(mixture, terms.names, num_envs, rules))
     return TeamWorlds(
         env,
         planners,
@@ -275,6 +280,7 @@ def build_worlds(
         lag=config.planning.lag if config.planning.timing == "lag" else None,
         threads=config.planning.rounds,
         batch=config.planning.batch,
+        shaping=shaping,
     )
 
 

@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: in
     with atomic_directory(path) as temp:
         try:
             atomic_write_json(temp / "progress.json", checkpoint.progress)
-            worlds = {name: np.ascontiguousarray(a) for name, a in checkpoint.worlds.items()}
+            worlds = {name: np.asarray(a, order="C") for name, a in checkpoint.worlds.items()}
             (temp / "worlds.safetensors").write_bytes(safetensors.numpy.save(worlds))
             (temp / "algorithm.safetensors").write_bytes(safetensors.torch.save(checkpoint.algorithm))
             manifest = {"format": FORMAT, "step": step, "sha256": {p: sha256_file(temp / p) for p in _PARTS}}

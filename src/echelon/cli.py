@@ -15,9 +15,10 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import echelon
-from echelon import cli_planner, cli_studies, cli_teams
+from echelon import cli_also, cli_planner, cli_studies, cli_teams
 from echelon._files import atomic_write_text
 from echelon.algorithms.teams import team_algorithms
+from echelon.also.configs import ALSO_METHODS
 from echelon.configs import RunConfig
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
@@ -101,6 +102,7 @@ def _overview() -> str:
     return "\n".join(
         ["usage: echelon COMMAND [OPTIONS]", "", "commands (each has --help):", *lines, "", "methods:", *kinds, "",
          f"environments: {', '.join(environments())}", "",
+         f"methods with proposed shaping: {', '.join(ALSO_METHODS)}", "",
          f"methods of language-model teams: {', '.join(team_algorithms())}", "",
          f"their environments: {', '.join(name for name in tasks() if name != 'own')}"]
     )  # fmt: skip
@@ -138,6 +140,8 @@ def _train(args: list[str]) -> int:
 
     if cli_teams.trains_a_team(args):
         return cli_teams.train_team(args)
+    if cli_also.trains_also(args):
+        return cli_also.train_also(args)
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
     run, flags = run_flags("train", args, _TrainFlags)
     _at_least(0, eval_episodes=flags.eval_episodes, replay_episodes=flags.replay_episodes)
@@ -322,6 +326,7 @@ def _compare(args: list[str]) -> int:
 
 def _replay(args: list[str]) -> int:
     """`echelon replay RUN|FILE [--out PAGE]`."""
+    from echelon.reports.account import write_account
     from echelon.reports.dialogues import write_dialogues
     from echelon.reports.replay import load_replay, write_replay
 
@@ -341,6 +346,9 @@ def _replay(args: list[str]) -> int:
             raise EchelonError("--out does not go with a team of language models: its page is RUN/dialogues.html")
         print(write_dialogues(source))
         return 0
+    if cli_also.is_also_run(source):
+        print(write_account(source))
+        source = source / "main"
     if source.is_dir():
         found = sorted((source / "replays").glob("*.json"), key=lambda p: p.stat().st_mtime)
         if not found:

@@ -23,6 +23,7 @@ from echelon.llm.policy import PolicyConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method
 from echelon.planners.distilled import DistilConfig
+from echelon.shaping import ShapingSettings
 from echelon.subgoals import PAST, SubgoalConfig
 
 __all__ = ["PlanningConfig", "RunConfig", "from_toml", "read_toml", "read_toml_file", "to_toml", "toml_line", "typed"]
@@ -181,6 +182,8 @@ class RunConfig:
     """How the server of a model openai:<model> is reached."""
     gguf: GGUFConfig = field(default_factory=GGUFConfig)
     """How a model gguf:<file> is run."""
+    shaping: ShapingSettings = field(default_factory=ShapingSettings)
+    """Extra reward from potentials, for flat methods, while they learn."""
 
     def __post_init__(self) -> None:
         classes = _tables(self.method)
@@ -228,6 +231,12 @@ class RunConfig:
             raise EchelonError("budget.money needs server.price_in or server.price_out: else none is reckoned")
         if self.planner is not None and method(self.method).eval_planner is None:
             raise EchelonError(f"method {self.method} has no planner, so --planner can't be {self.planner!r}")
+        if self.shaping.on:
+            kind = method(self.method)
+            if kind.train_planner is not None or not kind.learns:
+                what = "has a planner, whose subgoals are its reward" if kind.learns else "learns nothing"
+                raise EchelonError(f"method {self.method} {what}: only flat ones (flat-mappo, qmix) have shaping.mode")
+            self.shaping.config(env_name(self.env))
 
     def _check_growth(self) -> None:
         """Refuse what doesn't go with a planner that learns."""
@@ -287,6 +296,7 @@ PLAIN_TABLES: dict[str, type[Any]] = {
     "budget": BudgetConfig,
     "server": ServerConfig,
     "gguf": GGUFConfig,
+    "shaping": ShapingSettings,
 }
 """Tables of settings that are the same for every method."""
 

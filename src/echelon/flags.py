@@ -32,6 +32,7 @@ from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml
 from echelon.envs import GridConfig, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import methods
+from echelon.runs import trained_folder
 from echelon.subgoals import SubgoalConfig
 
 __all__ = ["env_flags", "parse", "run_and_own", "run_flags", "run_folder"]
@@ -247,6 +248,7 @@ def run_folder(args: list[str], command: str) -> tuple[Path, RunConfig | None]:
     folder = Path(args.pop(0))
     if folder.is_file():
         raise EchelonError(f"{folder} is a file: echelon {command} wants the run's folder, such as {folder.parent}")
+    folder = trained_folder(folder)
     if not (folder / "config.toml").exists():
         raise EchelonError(f"{folder} is no run: it has no config.toml")
     return folder, read_toml(folder / "config.toml")

@@ -16,6 +16,7 @@ from echelon.pending import PendingPlans, Ticket
 from echelon.planners.base import ModelPlanner, Planner
 from echelon.planners.nearest import nearest_choice
 from echelon.planners.recorded import RecordedPlanner
+from echelon.shaping import PotentialShaper, TermSet
 from echelon.subgoals import Counts, Plan, PlanRequest, SubgoalConfig, SubgoalTracker, Verdict
 
 __all__ = ["Episodes", "PlanTrace", "Reviewer", "TeamWorlds", "first_episodes"]
@@ -72,7 +73,7 @@ class Episodes:
     """Sums over finished episodes, taken by `TeamWorlds.take_episodes`.
 
     `own_count` and `own_success` are of the worlds that the first planner plans: the method's own, where a cheaper
-    one plans the rest.
+    one plans the rest. `shaping_return` is what potentials added to the team's reward.
     """
 
     count: int = 0
@@ -80,6 +81,7 @@ class Episodes:
     length_of_success: int = 0
     task_return: float = 0.0
     intrinsic_return: float = 0.0
+    shaping_return: float = 0.0
     collisions: int = 0
     own_count: int = 0
     own_success: int = 0
@@ -110,6 +112,10 @@ class TeamWorlds:
             the same one once more; None: they go on to another.
         pending: the plans of the first planner that are made beside the simulation, or None.
         team_reward: whether all agents of a team always get the same reward.
+        shaper: adds extra reward from potentials, or None. With one:
+        unshaped: float32 `(W,)`, the team's reward of the last step without it.
+        phi: float32 `(W, K)`, the terms of the state before the last step, from `settle` on of the present one.
+        next_phi: float32 `(W, K)`, the terms of the last step's true next states.
     """
 
     def __init__(
@@ -128,6 +134,7 @@ class TeamWorlds:
         lag: int | None = None,
         threads: int = 1,
         batch: int = 16,
+        shaping: tuple[TermSet, PotentialShaper] | None = None,
     ) -> None:
         """Join worlds and planners.
 
@@ -145,6 +152,7 @@ class TeamWorlds:
                 asked, or their late plans used: what a run needs to be repeated without them.
             beside: let the first planner's model work beside the simulation: agents that wait for it do what is
                 nearest meanwhile. `lag`, `threads`, `batch` (its `most`): see `PendingPlans`.
+            shaping: the worlds' potential terms, and what makes extra reward of them; of a flat team alone.
         """
         self.env, self.config, self.planners = env, config, list(planners)
         self.on_plan, self.trace_all, self.collision_cost = on_plan, trace_all, collision_cost
@@ -154,6 +162,13 @@ class TeamWorlds:
         scale = env.obs_scale
         self.obs_scale = np.concatenate([scale, SubgoalTracker.scale]) if planners else scale
         self.team_reward = not planners
+        assert shaping is None or not planners, "only a flat team's reward is shaped"
+        self._terms = shaping[0] if shaping is not None else None
+        self.shaper = shaping[1] if shaping is not None else None
+        self.num_terms = len(self.shaper.names) if self.shaper is not None else 0
+        self.unshaped = np.zeros(W, np.float32)
+        self.phi, self.next_phi = np.zeros((2, W, self.num_terms), np.float32)
+        self._added = np.zeros(W)
         self.reward = np.zeros((W, A), np.float32)
         self.cut = np.zeros((W, A), bool)
         self.begins = np.ones(W, bool)
@@ -172,6 +187,7 @@ class TeamWorlds:
 
     def start(self) -> None:
         """Plan the first subgoals: once, before the first step (not after `load_state_dict`)."""
+        self._begin_shaping(np.ones(self.env.num_envs, bool))
         self.replan()
 
     def begin_together(self, group: int) -> None:
@@ -183,6 +199,7 @@ class TeamWorlds:
         self.env.share_episodes(group)
         self.begins = np.ones(self.env.num_envs, bool)
         self._sums[:] = 0
+        self._begin_shaping(self.begins)
         self._together, self._spare[:] = True, False
         if self.tracker is not None:
             self.tracker.forget(self.begins)
@@ -199,7 +216,8 @@ class TeamWorlds:
         env, tracker = self.env, self.tracker
         if tracker is None:
             env.advance(actions)
-            self.reward[:] = (env.reward - self.collision_cost * env.bumped.mean(1, dtype=np.float32))[:, None]
+            team = env.reward - self.collision_cost * env.bumped.mean(1, dtype=np.float32)
+            self.reward[:] = (team if self.shaper is None else self._shaped(team))[:, None]
         else:
             tracker.before()
             env.advance(actions)
@@ -226,6 +244,10 @@ class TeamWorlds:
                 env.counters[done] = self.repeat[done]
         env.autoreset()
         self.begins = done
+        if self.shaper is not None:
+            self.phi[:] = self.next_phi
+            if done.any():
+                self._begin_shaping(done)
         if self.tracker is not None:
             if done.any():
                 self.tracker.forget(done)
@@ -233,6 +255,22 @@ class TeamWorlds:
                     self.pending.waits[done] = -1
             self.replan()
         return done
+
+    def _shaped(self, team: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The team's reward `(W,)` of the step just made, with what potentials add."""
+        assert self.shaper is not None and self._terms is not None
+        self.unshaped[:] = team
+        self._terms.terms(self.env, out=self.next_phi)
+        extra = self.shaper.step(self.next_phi, self.env.terminated)
+        self._added += extra
+        return team + extra
+
+    def _begin_shaping(self, which: NDArray[np.bool_]) -> None:
+        """Episodes begin in the worlds `which` (bool `(W,)`): what their first states are worth."""
+        if self.shaper is not None and self._terms is not None:
+            self._terms.terms(self.env, which, self.phi)
+            self.shaper.begin(self.phi, which)
+            self._added[which] = 0
 
     def _count_episodes(self, done: NDArray[np.bool_]) -> None:
         e, env = self.episodes, self.env
@@ -246,6 +284,7 @@ class TeamWorlds:
         task, intrinsic, collisions = self._sums[:, done].sum(1)
         e.task_return += float(task)
         e.intrinsic_return += float(intrinsic)
+        e.shaping_return += float(self._added[done].sum())
         e.collisions += int(collisions)
 
     @property
@@ -600,6 +639,9 @@ class TeamWorlds:
             state |= {f"tracker.{k}": v for k, v in self.tracker.state_dict().items()}
         for n, (planner, _) in enumerate(self.planners):
             state |= {f"planner.{n}.{k}": v for k, v in planner.arrays().items()}
+        if self.shaper is not None:
+            state |= {f"shaping.{k}": v for k, v in self.shaper.state_dict().items()}
+            state |= {"shaping.phi": self.phi.copy(), "shaping.added": self._added.copy()}
         return state | {"begins": self.begins.copy(), "sums": self._sums.copy()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -607,6 +649,9 @@ class TeamWorlds:
         self.env.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("env.")})
         if self.tracker is not None:
             self.tracker.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("tracker.")})
+        if self.shaper is not None:
+            self.shaper.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("shaping.")})
+            self.phi[:], self._added[:] = state["shaping.phi"], state["shaping.added"]
         self.begins = state["begins"].copy()
         self._sums[:] = state["sums"]
         for n, (planner, _) in enumerate(self.planners):

@@ -99,8 +99,9 @@ class Rollouts:
                 )
             steps = min(steps, env.limit)  # it learns from whole episodes, which all begin with the rollout
         self.buffer = RolloutBuffer(
-            steps, env.num_envs, env.num_agents, len(self.worlds.obs_scale), env.state_size, env.num_actions
-        )
+            steps, env.num_envs, env.num_agents, len(self.worlds.obs_scale), env.state_size, env.num_actions,
+            self.worlds.num_terms,
+        )  # fmt: skip
         self.steps_per_update = steps * config.num_envs
         self._watch: Watch | None = None
 
@@ -135,6 +136,8 @@ class Rollouts:
             clock.lap("act")
             worlds.advance(buffer.actions[t])
             buffer.reward[t] = worlds.reward
+            if buffer.num_terms:
+                buffer.unshaped[t], buffer.phi[t], buffer.next_phi[t] = worlds.unshaped, worlds.phi, worlds.next_phi
             np.logical_or(env.terminated[:, None], worlds.cut, out=buffer.terminated[t])
             if env.truncated.any():
                 cut = np.flatnonzero(env.truncated)

@@ -18,7 +18,8 @@ from echelon.configs import RunConfig, read_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 
-__all__ = ["PLANNER", "load_policy", "processor", "read_run", "run_costs", "steps_done", "versions"]
+__all__ = ["PLANNER", "load_policy", "processor", "read_run", "run_costs", "steps_done", "trained_folder",
+           "versions"]  # fmt: skip
 
 
 PLANNER = "planner"
@@ -85,6 +86,11 @@ def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> dict[s
         if count >= episodes and sum(won for _, won in window) >= level * count:
             return {"steps_to_tsr_90": float(entry["step"]), "steps_to_tsr_90_is_bound": shared}
     return {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": shared}
+
+
+def trained_folder(folder: Path) -> Path:
+    """The ordinary run's folder in `folder`: where shaping grew with the run, what became of its mainline."""
+    return folder / "main" if (folder / "account.json").exists() else folder
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -44,7 +44,7 @@ from echelon.rollouts import Clock, Rollouts
 from echelon.runs import PLANNER, load_policy, processor, read_run, versions
 from echelon.subgoals import BESIDE, Counts
 
-__all__ = ["Clock", "Progress", "Rollouts", "Trainer", "load_policy"]
+__all__ = ["Clock", "Progress", "Rollouts", "Trainer", "identity", "load_policy", "machine"]
 
 # What TensorBoard's writer can meet in a run's folder.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)
@@ -94,7 +94,7 @@ class Trainer:
         with only_writer(folder):
             # Once more: another process may have begun a run here meanwhile.
             _require_free(folder)
-            atomic_write_json(folder / "versions.json", _versions())
+            atomic_write_json(folder / "versions.json", machine())
             # The config last: a folder that has one is a run.
             atomic_write_text(folder / "config.toml", to_toml(self.config))
 
@@ -255,6 +255,8 @@ class Trainer:
             "task_return": e.task_return / e.count if e.count else None,
             **{name: float(value) for name, value in learnt.items()},
         }
+        if worlds.shaper is not None:
+            metrics["shaping_return"] = e.shaping_return / e.count if e.count else None
         if worlds.tracker is not None:
             counts, worlds.tracker.counts = worlds.tracker.counts, Counts()
             metrics["intrinsic_return"] = e.intrinsic_return / e.count if e.count else None
@@ -293,7 +295,7 @@ class Trainer:
             "sizes": self._sizes,
             "planners": {p.name: p.state_dict() for p, _ in self.worlds.planners},
             "model": self._model_spent(),
-            "config": _identity(self.config),
+            "config": identity(self.config),
         }
         save_checkpoint(
             self.folder / "checkpoints",
@@ -331,7 +333,7 @@ class Trainer:
         # Steps are whole rollouts, so a finished run has done some more than it was asked for.
         if self.step - self.rollouts.steps_per_update >= self.config.steps:
             raise EchelonError(f"run {self.folder} has done {self.step} steps already, more than {self.config.steps}")
-        if changed := _differences(_completed(progress.get("config", "")), _identity(self.config)):
+        if changed := _differences(_completed(progress.get("config", "")), identity(self.config)):
             raise EchelonError(
                 f"{self.folder / 'config.toml'} isn't what its checkpoint was trained with ({changed}): "
                 f"put it back, or start a new run with --config"
@@ -350,15 +352,15 @@ def _require_free(folder: Path) -> None:
         raise EchelonError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
 
 
-def _identity(config: RunConfig) -> str:
+def identity(config: RunConfig) -> str:
     """What makes a run this run: all but how long and on how many threads (a recurrent one depends on those)."""
     threads = config.threads if config.algorithm.recurrent else None
     return to_toml(dataclasses.replace(config, steps=1, threads=threads))
 
 
-def _completed(identity: str) -> str:
+def _completed(told: str) -> str:
     """An identity with the settings that came since it was written, at their defaults."""
-    return _identity(from_toml(tomllib.loads(identity))) if identity else ""
+    return identity(from_toml(tomllib.loads(told))) if told else ""
 
 
 def _differences(old: str, new: str) -> str:
@@ -392,7 +394,8 @@ def _tensorboard(folder: Path, step: int) -> Iterator[SummaryWriter]:
         threading.excepthook = tell
 
 
-def _versions() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """What a run's `versions.json` holds: by what it was made, where, and by which command."""
     return {
         **versions(),
         "numba": numba.__version__,

@@ -229,6 +229,7 @@ class SharedActor:
             "keys": torch.from_numpy(self.keys.view(np.int64)),
             "counters": torch.from_numpy(self.counters.view(np.int64)),
             "updates": torch.tensor(self.updates),
+            "draw_key": torch.from_numpy(np.array([self._shuffle_key], np.uint64).view(np.int64)),
         }
         for net, params in self.nets.items():
             for i, p in enumerate(params):
@@ -267,6 +268,8 @@ class SharedActor:
         self.keys[:] = state["keys"].numpy().view(np.uint64)
         self.counters[:] = state["counters"].numpy().view(np.uint64)
         self.updates = int(state["updates"])
+        if "draw_key" in state:  # else of a checkpoint from before, whose key is its seed's
+            self._shuffle_key = int(state["draw_key"].numpy().view(np.uint64)[0])
 
 
 def take(array: NDArray[np.generic], rows: Tensor) -> Tensor:

@@ -321,6 +321,7 @@ class QMIX:
             "hidden": self.hidden,
             "keys": torch.from_numpy(self.keys.view(np.int64)),
             "counters": torch.from_numpy(self.counters.view(np.int64)),
+            "draw_key": torch.from_numpy(np.array([self._replay_key], np.uint64).view(np.int64)),
             "counts": torch.tensor([self.steps, self.updates, self.gradient_steps]),
         }
         for name, p, target in self._named():
@@ -360,6 +361,8 @@ class QMIX:
         self.keys[:] = state["keys"].numpy().view(np.uint64)
         self.counters[:] = state["counters"].numpy().view(np.uint64)
         self.steps, self.updates, self.gradient_steps = state["counts"].tolist()
+        if "draw_key" in state:  # else of a checkpoint from before, whose key is its seed's
+            self._replay_key = int(state["draw_key"].numpy().view(np.uint64)[0])
         self.memory.load_state_dict({k[7:]: v.numpy() for k, v in state.items() if k.startswith("memory.")})
 
     def _named(self) -> list[tuple[str, torch.nn.Parameter, torch.nn.Parameter]]:

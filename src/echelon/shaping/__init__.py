@@ -24,8 +24,19 @@ from echelon.shaping.candidates import (
 from echelon.shaping.evidence import Behaviour, CurveFeatures, Recording, behaviour, curve_features, evidence, flags
 from echelon.shaping.gate import Summary, Verdict, gate, reference_leads, score_lead, summarise
 from echelon.shaping.potential import PotentialShaper, ShapingRules, mixture, relabel
+from echelon.shaping.proposers import (
+    HeuristicProposer,
+    ModelProposer,
+    Proposed,
+    Proposer,
+    RecordedProposer,
+    Situation,
+    Trial,
+    make_proposer,
+)
 from echelon.shaping.repair import REPAIR
 from echelon.shaping.search import SEARCH
+from echelon.shaping.settings import ShapingSettings
 from echelon.shaping.warehouse import WAREHOUSE
 
 __all__ = [
@@ -39,14 +50,22 @@ __all__ = [
     "CurveFeatures",
     "FinalSelection",
     "GeneratorReply",
+    "HeuristicProposer",
+    "ModelProposer",
     "PotentialShaper",
     "Proposal",
+    "Proposed",
+    "Proposer",
+    "RecordedProposer",
     "Recording",
     "ResultDiagnosis",
     "ShapingConfig",
     "ShapingRules",
+    "ShapingSettings",
+    "Situation",
     "Summary",
     "TermSet",
+    "Trial",
     "Verdict",
     "behaviour",
     "check_candidates",
@@ -55,6 +74,7 @@ __all__ = [
     "flags",
     "gate",
     "is_nontrivial",
+    "make_proposer",
     "mixture",
     "mode_table",
     "read_reply",

@@ -92,7 +92,7 @@ class Verdict:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = None) -> Summary:
+def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = None, rising: bool = False) -> Summary:
     """The summary of an evaluation curve; one without evaluations, or with one that isn't finite, has a `problem`.
 
     Args:
@@ -100,6 +100,10 @@ def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = 
             seeds is taken first.
         best_return: what the curve is divided by: the most that an episode can bring (above 0).
         config: see `Summary`.
+        rising: a rise is no spike (our choice): what `std` is of has its upward trend taken away, and `best` is such
+            that `spike_gap` is how far the evaluations from the best one on, at most the last five, lie below it. By
+            the published numbers a branch that still learns fast at its end is as unsteady as one that fell from a
+            peak, and is rejected for it. Scores but for the part of `std` stay the same.
 
     Raises:
         ValueError: the curve has another shape, or `best_return` isn't above 0.
@@ -115,12 +119,19 @@ def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = 
         return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, "an evaluation isn't finite", config)
     points = (points.mean(0) if points.ndim == 2 else points) / best_return
     last = points[-LAST:]
+    best, steady = float(points.max()), last
+    if rising:
+        peak = len(points) - 1 - int(points[::-1].argmax())  # of equals the last one
+        best += float(last.mean() - points[peak:][-LAST:].mean())
+        at = np.arange(len(last)) - (len(last) - 1) / 2
+        slope = float(at @ last) / max(float(at @ at), 1.0)
+        steady = last - max(slope, 0.0) * at
     return Summary(
         last_k=float(last.mean()),
         auc=float(points.mean()),
         final=float(points[-1]),
-        best=float(points.max()),
-        std=float(last.std()),
+        best=best,
+        std=float(steady.std()),
         config=config,
     )
 

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from echelon.studies.costs import estimate
 from echelon.studies.spec import Study, StudyRun, study_to_toml
 from echelon.studies.work import FORMAT, forget_progress, job_of, read_progress
 
-__all__ = ["Matrix", "collect", "replays_of", "run_study"]
+__all__ = ["Matrix", "collect", "do_runs", "kept_result", "replays_of", "run_study"]
 
 # How often a run is begun whose worker dies or finds its folder held, before it counts as failed or is left pending.
 ATTEMPTS = 3
@@ -87,34 +87,59 @@ def run_study(
     runs = study.runs()
     with only_writer(folder):
         remove_leftovers(folder)
-        kept = {run.id: _kept(folder / "runs" / run.id) for run in runs}
+        for run in runs:
+            kept_result(folder / "runs" / run.id)  # of another format, nothing is begun
         # Files that it imports are found from its folder, too.
         imports = tuple(str(Path(n).resolve()) if n.endswith(".py") else n for n in study.imports)
         atomic_write_text(folder / "study.toml", study_to_toml(replace(study, imports=imports)))
-        stop = folder / f".stop-{os.getpid()}"
-        for old in folder.glob(".stop-*"):
-            old.unlink(missing_ok=True)
-        engine = _Engine(study, runs, folder, backend, stop, report, should_stop)
-        try:
-            engine.run(kept, retry_failed)
-        except Exception:
-            engine.drain()
-            raise
-        finally:
-            # Who is still at work shall find it; the next call removes it.
-            if not engine.matrix.running:
-                with contextlib.suppress(OSError):
-                    stop.unlink(missing_ok=True)
+        do_runs(study, runs, folder, backend, retry_failed=retry_failed, report=report, should_stop=should_stop)
         results = collect(study, folder)
         atomic_write_json(folder / "results.json", results, compact=True)
         return results
+
+
+def do_runs(
+    study: Study,
+    runs: Sequence[StudyRun],
+    folder: Path,
+    backend: Backend,
+    *,
+    retry_failed: bool = False,
+    report: Callable[[Matrix], None] = lambda matrix: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Do those of some runs that aren't done; what came of each is in its folder, `runs/<id>`: see `kept_result`.
+
+    Args:
+        study: says by which protocol runs are judged and what is imported first.
+        runs: the runs; their folders may hold a beginning already, from which they go on.
+        folder, backend, retry_failed, report, should_stop: see `run_study`; the caller holds the folder.
+
+    Raises:
+        EchelonError, StorageError: as `run_study`.
+    """
+    kept = {run.id: kept_result(folder / "runs" / run.id) for run in runs}
+    stop = folder / f".stop-{os.getpid()}"
+    for old in folder.glob(".stop-*"):
+        old.unlink(missing_ok=True)
+    engine = _Engine(study, runs, folder, backend, stop, report, should_stop)
+    try:
+        engine.run(kept, retry_failed)
+    except Exception:
+        engine.drain()
+        raise
+    finally:
+        # Who is still at work shall find it; the next call removes it.
+        if not engine.matrix.running:
+            with contextlib.suppress(OSError):
+                stop.unlink(missing_ok=True)
 
 
 class _Engine:
     def __init__(
         self,
         study: Study,
-        runs: tuple[StudyRun, ...],
+        runs: Sequence[StudyRun],
         folder: Path,
         backend: Backend,
         stop: Path,
@@ -243,7 +268,7 @@ class _Engine:
         return self.took / self.spent * max(sum(left) / max(1, self.backend.slots), *left, 0.0)
 
 
-def _kept(folder: Path) -> tuple[str | None, dict[str, Any]]:
+def kept_result(folder: Path) -> tuple[str | None, dict[str, Any]]:
     """ "finished", "failed" or None, by the files of a run, and what its result or its `failed.json` says.
 
     Raises:
@@ -306,7 +331,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
     runs = []
     for run in study.runs():
         where = folder / "runs" / run.id
-        state, kept = _kept(where)
+        state, kept = kept_result(where)
         cell = {k: getattr(run, k) for k in ("id", "method", "environment", "size", "agents", "seed")}
         entry: dict[str, Any] = {**cell, "steps": run.config.steps, "status": state or "pending", "reason": None}
         if state == "finished":

@@ -1,0 +1,153 @@
+"""Whether shaping that is proposed, tried and promoted beats the task reward alone, at equal cost.
+
+Sparse `warehouse` (80x80) with flat MAPPO and sparse `search` (60x60, 2 targets) with QMIX: `sparse`, `also`,
+`fixed-pbrs`, `also-one-shot`, and `also` with a poisonous proposer, 5 seeds each. Curves are over all environment steps
+spent, those of branches counted. What is finished is not done again.
+
+    python benchmarks/also_proof.py warehouse search --out DIR --json docs/results/also.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from echelon._files import atomic_write_json
+from echelon.also import AlsoConfig, AlsoTrainer, also_from_toml
+from echelon.runs import processor, versions
+from echelon.shaping import Candidate, Proposed, ShapingConfig, Situation
+
+WORLDS: dict[str, dict[str, Any]] = {
+    "warehouse": {"base": "flat-mappo", "environment": "warehouse", "steps": 1_200_000,
+                  "env": {"size": 80, "num_agents": 4},
+                  "also": {"checkpoints": [0.05], "branch": 0.125}},
+    "search": {"base": "qmix", "environment": "search", "steps": 1_200_000,
+               "env": {"size": 60, "num_agents": 4, "num_targets": 2},
+               "also": {"checkpoints": [0.05], "branch": 0.125}},
+}  # fmt: skip
+METHODS = ("sparse", "also", "fixed-pbrs", "also-one-shot", "poison")
+# What helps least: to stand apart is all that pays, as much as it can.
+POISON = {"warehouse": ("traffic",), "search": ("apart",)}
+
+
+class Poison:
+    """Suggests the worst shaping that there is, each time at another strength."""
+
+    name = "poison"
+
+    def diagnose(self, situation: Situation) -> tuple[None, dict[str, Any]]:
+        return None, {}
+
+    def propose(self, situation: Situation, card: Any) -> Proposed:
+        terms = dict.fromkeys(POISON[situation.terms.world], 1.0)
+        past = len(situation.trials)
+        configs = [ShapingConfig(f"poison-{past + k}", 1 - 0.1 * (past + k), terms) for k in range(situation.count)]
+        return Proposed(tuple(Candidate(c.mode, "balanced", c) for c in configs), "uncertain", "moderate")
+
+    def review(self, situation: Situation) -> tuple[None, dict[str, Any]]:
+        return None, {}
+
+
+def config_of(world: str, method: str, seed: int) -> AlsoConfig:
+    """One run of the proof."""
+    data = {**WORLDS[world], "method": "also" if method == "poison" else method, "seed": seed, "workers": 1}
+    return also_from_toml(data)
+
+
+def one(world: str, method: str, seed: int, out: Path) -> dict[str, Any]:
+    """Train a run, or take up what was trained; what came of it."""
+    folder, began = out / f"{world}-{method}-{seed}", time.time()
+    proposer = Poison() if method == "poison" else None
+    if (folder / "config.toml").exists():
+        trainer = AlsoTrainer.resume(folder, proposer=proposer)
+    else:
+        trainer = AlsoTrainer(config_of(world, method, seed), folder, proposer=proposer)
+    trainer.run()
+    account = trainer.account
+    promoted = [s["verdict"]["winner"] for s in account["stages"] if s["verdict"] and s["verdict"]["accepted"]]
+    line = [(p["spent"], p["step"], p["tsr"], p["task_return"] / account["best_return"]) for p in account["mainline"]]
+    spent = sum(stage["cost"] for stage in account["stages"])
+    print(world, method, seed, f"{area(line, account['steps']):.3f}", account["final"], promoted,
+          f"{time.time() - began:.0f} s", flush=True)  # fmt: skip
+    return {"seed": seed, "curve": line, "in_branches": spent, "promoted": promoted, "steps": account["steps"]}
+
+
+def area(line: list[tuple[int, int, float, float]], steps: int) -> float:
+    """The mean return over the steps spent: at each moment that of the newest evaluation (best: 1)."""
+    spent, value = np.array([p[0] for p in line]), np.array([p[3] for p in line])
+    at = np.linspace(0, steps, 2001)
+    newest = np.searchsorted(spent, at, side="right") - 1
+    return float(np.where(newest >= 0, value[np.maximum(newest, 0)], value[0]).mean())
+
+
+def last(line: list[tuple[int, int, float, float]], column: int) -> float:
+    """The mean of the last five evaluations: `column` 2: success, 3: return."""
+    return float(np.mean([p[column] for p in line[-5:]]))
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95% interval (Student) over seeds."""
+    x = np.array(values)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
+    return f"{x.mean():.3f} ± {half:.3f}"
+
+
+def tables(told: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines: list[str] = []
+    for world in WORLDS:
+        if world not in told:
+            continue
+        cells = told[world]
+        lines += [f"## {world}, {WORLDS[world]['base']}", "",
+                  "| method | area under the curve | last return | last TSR | in branches | p of the area |",
+                  "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        base = [area(r["curve"], r["steps"]) for r in cells.get("sparse", [])]
+        for method, runs in cells.items():
+            areas = [area(r["curve"], r["steps"]) for r in runs]
+            p = "" if method == "sparse" or len(base) != len(areas) else f"{stats.ttest_rel(areas, base).pvalue:.4f}"
+            share = np.mean([r["in_branches"] / r["steps"] for r in runs])
+            lines += [
+                f"| {method} | {interval(areas)} | {interval([last(r['curve'], 3) for r in runs])} | "
+                f"{interval([last(r['curve'], 2) for r in runs])} | {share:.0%} | {p} |"
+            ]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Do the worlds that are asked for, and write what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("worlds", nargs="*", choices=tuple(WORLDS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument("--at-once", type=int, default=2, help="runs at once, each on one core")
+    args = parser.parse_args()
+    told = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    told |= {"processor": processor(), "versions": versions(), "worlds": WORLDS}
+    with ProcessPoolExecutor(args.at_once) as pool:
+        # The first seed of everything comes first: what is interrupted has whole seeds.
+        jobs = {
+            (world, method, seed): pool.submit(one, world, method, seed, args.out)
+            for seed in range(args.seeds) for world in args.worlds for method in args.methods
+        }  # fmt: skip
+        for world in args.worlds:
+            for method in args.methods:
+                runs = [jobs[world, method, seed].result() for seed in range(args.seeds)]
+                told.setdefault(world, {})[method] = runs
+                if args.json:
+                    atomic_write_json(args.json, told, compact=True)
+    print(tables(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Everything that decides a run whose shaping grows with it: frozen dataclasses, to and from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from echelon.algorithms import AlgorithmConfig, config_of
+from echelon.configs import RunConfig, read_toml_file, toml_line, typed
+from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
+from echelon.errors import EchelonError, unknown_name
+from echelon.llm.gguf import GGUFConfig
+from echelon.llm.server import ServerConfig
+from echelon.methods import method
+from echelon.shaping import ShapingConfig, ShapingSettings, term_set
+from echelon.studies.spec import import_modules
+
+__all__ = ["ALSO_METHODS", "AlsoConfig", "AlsoMethod", "AlsoSettings", "also_from_toml", "also_to_toml",
+           "read_also_toml"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AlsoMethod:
+    """What a method's name stands for.
+
+    Attributes:
+        summary: what it is, in one line.
+        critic: a Critic diagnoses, and the Generator sees only its card; else it sees the evidence itself.
+        branches: proposals are tried in branches and judged by the gate; else the first one is taken as it is.
+        stages: at every checkpoint, at the first one only, or never.
+        start: the shaping that the run begins with: none, the world's default mixture, or, each for a branch's
+            length, all mixtures of the world's grid, of which the best one is kept.
+    """
+
+    summary: str
+    critic: bool = True
+    branches: bool = True
+    stages: Literal["all", "first", "none"] = "all"
+    start: Literal["none", "default", "grid"] = "none"
+
+
+ALSO_METHODS = {
+    "also": AlsoMethod("a model diagnoses and proposes shaping, branches try it, a gate promotes what is better"),
+    "also-one-shot": AlsoMethod("one proposal, without diagnosis or trial (ablation)", critic=False, branches=False,
+                                stages="first"),
+    "also-no-branch": AlsoMethod("diagnosis and proposal at every checkpoint, taken untried (ablation)",
+                                 branches=False),
+    "also-no-critic": AlsoMethod("as also, without a diagnosis (ablation)", critic=False),
+    "fixed-pbrs": AlsoMethod("the world's default shaping from beginning to end", stages="none", start="default"),
+    "pbrs-grid": AlsoMethod("the best of a fixed grid of shapings, each tried from the beginning", stages="none",
+                            start="grid"),
+    "sparse": AlsoMethod("the task reward alone", stages="none"),
+}  # fmt: skip
+"""The methods by name."""
+
+
+@dataclass(frozen=True)
+class AlsoSettings:
+    """When shaping is proposed, and how proposals are tried. Defaults are our choice, but for what the gate asks."""
+
+    checkpoints: tuple[float, ...] = (0.05, 0.55)
+    """When the run is diagnosed and proposals are tried, as shares of the steps spent: those of branches count."""
+    branch: float = 0.08
+    """Steps of each branch, as a share of all steps."""
+    candidates: int = 3
+    """Proposals a round."""
+    rounds: int = 1
+    """Rounds of proposals at a checkpoint; the second one knows what came of the first."""
+    seeds: int = 1
+    """Branches of each proposal and of the control, which differ in their random numbers alone. Above 1, a proposal
+    must also lead with the lower end of a bootstrap interval over them; the first one's endpoint is promoted."""
+    evaluations: int = 6
+    """Evaluations of a branch; the run itself is evaluated as often."""
+    episodes: int = 32
+    """Episodes of each."""
+    behaviour: int = 16
+    """Episodes that the Critic's statistics are of."""
+    reference: bool = False
+    """Train the first promoted shaping on beside the run, and ask more of proposals where it leads."""
+    low_return: bool = True
+    """Margins of the gate grow with the returns, and are small where those are."""
+    rising: bool = True
+    """A branch that rises steeply at its end isn't called spiky for it; off: the gate's numbers as published."""
+    soft: bool = False
+    """Judge by a proposal's score alone, not by all of the gate's rules."""
+
+    def __post_init__(self) -> None:
+        for name, good, need in (
+            ("checkpoints", all(0 < c < 1 for c in self.checkpoints), "shares above 0 and below 1"),
+            ("checkpoints", list(self.checkpoints) == sorted(set(self.checkpoints)), "in rising order"),
+            ("branch", 0 < self.branch < 1, "above 0, below 1"),
+            ("candidates", 1 <= self.candidates <= 8, "1 to 8"),
+            ("rounds", self.rounds >= 1, "at least 1"),
+            ("seeds", self.seeds >= 1, "at least 1"),
+            ("evaluations", self.evaluations >= 1, "at least 1"),
+            ("episodes", self.episodes >= 1, "at least 1"),
+            ("behaviour", self.behaviour >= 1, "at least 1"),
+        ):
+            if not good:
+                raise EchelonError(f"also.{name} is {getattr(self, name)}: it must be {need}")
+
+
+@dataclass(frozen=True)
+class AlsoConfig:
+    """One training whose shaping is proposed, tried and promoted while it runs."""
+
+    method: str = "also"
+    """How shaping comes about."""
+    base: str = "flat-mappo"
+    """What learns under it: flat-mappo, flat-ippo, flat-grpo, qmix or vdn."""
+    env: GridConfig = field(default_factory=WarehouseConfig)
+    """The world."""
+    steps: int = 2_000_000
+    """Environment steps to spend, counted over all worlds and all branches."""
+    num_envs: int = 256
+    """Worlds that run side by side, in the run and in each branch."""
+    seed: int = 0
+    """The root seed: it alone decides everything, a proposing model's words apart."""
+    proposer: str = "heuristic"
+    """Who diagnoses and proposes: heuristic (rules over the same evidence, no model), recorded:<account.json>, or a
+    language model: a known name, hf:<folder or id>, gguf:<file> or openai:<model> (see the table server)."""
+    collision_cost: float = 0.05
+    """Reward taken from the team for each move that another agent prevented, as a mean over agents."""
+    workers: int | None = None
+    """Branches that run at once, each in a process of its own; default: as many as there are cores. Results don't
+    depend on it."""
+    imports: tuple[str, ...] = ()
+    """Python files or modules to import first: where own environments and their potential terms are registered."""
+    algorithm: AlgorithmConfig = cast(AlgorithmConfig, None)  # noqa: RUF009
+    """How agents learn; default: as the base method does by default."""
+    shaping: ShapingSettings = field(default_factory=ShapingSettings)
+    """How potentials become rewards. Its mode, with beta and weights, is what fixed-pbrs begins with."""
+    also: AlsoSettings = field(default_factory=AlsoSettings)
+    """When shaping is proposed, and how proposals are tried."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """How the server of a proposer openai:<model> is reached."""
+    gguf: GGUFConfig = field(default_factory=GGUFConfig)
+    """How a proposer gguf:<file> is run."""
+
+    def __post_init__(self) -> None:
+        if self.method not in ALSO_METHODS:
+            raise unknown_name("method", self.method, ALSO_METHODS)
+        if cast(Any, self.algorithm) is None:
+            object.__setattr__(self, "algorithm", config_of(_base(self.base))())
+        if self.workers is not None and self.workers < 1:
+            raise EchelonError(f"workers is {self.workers}: it must be at least 1")
+        if self.shaping.on and self.kind.start != "default":
+            raise EchelonError(f"shaping.mode is for fixed-pbrs: {self.method} chooses its shaping itself")
+        term_set(env_name(self.env))
+        self.run(None)  # what it says of the base method's settings
+
+    @property
+    def kind(self) -> AlsoMethod:
+        """What the method's name stands for."""
+        return ALSO_METHODS[self.method]
+
+    @property
+    def start(self) -> ShapingConfig | None:
+        """The shaping that the run begins with; None: the task reward alone."""
+        if self.kind.start != "default":
+            return None
+        terms = term_set(env_name(self.env))
+        return self.shaping.config(terms.world) or terms.mode(terms.default)
+
+    def run(self, shaping: ShapingConfig | None, *, steps: int | None = None, threads: int = 1) -> RunConfig:
+        """The base method's run under a shaping (None: the task reward alone), up to so many steps."""
+        return RunConfig(
+            method=self.base, env=self.env, steps=self.steps if steps is None else steps, num_envs=self.num_envs,
+            seed=self.seed, collision_cost=self.collision_cost, threads=threads, algorithm=self.algorithm,
+            shaping=self.shaped(shaping), checkpoint_every=max(self.steps // 10, 1),
+        )  # fmt: skip
+
+    def shaped(self, shaping: ShapingConfig | None) -> ShapingSettings:
+        """The table `[shaping]` of a run under a shaping.
+
+        Under the task reward alone too, terms are recorded: what a replay memory holds can then be relabelled.
+        """
+        if shaping is not None:
+            return self.shaping.with_config(shaping)
+        if self.kind.stages == "none":
+            return dataclasses.replace(self.shaping, mode="off", beta=None, weights=())
+        terms = term_set(env_name(self.env))
+        return self.shaping.with_config(dataclasses.replace(terms.mode(terms.default), mode="task reward", beta=0.0))
+
+
+def _base(name: str) -> str:
+    """The algorithm of a base method.
+
+    Raises:
+        EchelonError: there is no such method, or it isn't flat.
+    """
+    kind = method(name)
+    if not kind.learns or kind.train_planner is not None:
+        raise EchelonError(f"base is {name}: it must be a flat method that learns, such as flat-mappo or qmix")
+    return kind.algorithm
+
+
+_TABLES: dict[str, type[Any]] = {
+    "shaping": ShapingSettings,
+    "also": AlsoSettings,
+    "server": ServerConfig,
+    "gguf": GGUFConfig,
+}
+
+
+def also_to_toml(config: AlsoConfig) -> str:
+    """The config as TOML that `also_from_toml` reads back; settings that are None are left out."""
+    lines, tables = [f'environment = "{env_name(config.env)}"'], []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{f.name}]")
+            tables.extend(toml_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))
+        else:
+            lines.append(toml_line(f.name, value))
+    return "\n".join(line for line in [*lines, *tables] if line) + "\n"
+
+
+def read_also_toml(path: Path) -> AlsoConfig:
+    """The config in a TOML file; what it doesn't say has its default.
+
+    Raises:
+        EchelonError: no such file, not TOML, an unknown key (names the nearest) or a value of the wrong type.
+    """
+    return also_from_toml(read_toml_file(path, "config"), str(path))
+
+
+def also_from_toml(data: dict[str, Any], source: str = "config") -> AlsoConfig:
+    """The config in a TOML document that was read; see `read_also_toml`."""
+    data = dict(data)
+    import_modules(
+        typed(AlsoConfig, {k: v for k, v in data.items() if k == "imports"}, f"{source}: ").get("imports", ())
+    )
+    name, known = str(data.pop("environment", "warehouse")), environments()
+    if name not in known:
+        raise unknown_name("environment", name, known)
+    algorithm = config_of(_base(str(data.get("base", AlsoConfig.base))))
+    values: dict[str, Any] = {}
+    for key, cls in {"env": known[name], "algorithm": algorithm, **_TABLES}.items():
+        table = data.pop(key, {})
+        if not isinstance(table, dict):
+            raise EchelonError(f"{source}: {key} must be a table, [{key}]")
+        values[key] = cls(**typed(cls, table, f"{source}: {key}."))
+    return AlsoConfig(**values, **typed(AlsoConfig, data, f"{source}: ", ("environment",)))

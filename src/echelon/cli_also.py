@@ -1,0 +1,147 @@
+"""`echelon train` and `replay` for runs whose shaping grows with them: flags and words."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from echelon.also.configs import ALSO_METHODS, AlsoConfig, also_from_toml, read_also_toml
+from echelon.configs import read_toml_file
+from echelon.envs import env_name, environments
+from echelon.errors import EchelonError, unknown_name
+from echelon.fetching import ensure_local
+from echelon.flags import _peek, _take, run_and_own
+
+if TYPE_CHECKING:
+    from echelon.also import AlsoProgress
+
+__all__ = ["is_also_run", "train_also", "trains_also"]
+
+T = TypeVar("T")
+
+
+def trains_also(args: list[str]) -> bool:
+    """Whether these flags of `echelon train` are about a run whose shaping grows."""
+    resumed, file, wanted = _peek(args, "--resume"), _peek(args, "--config"), _peek(args, "--method")
+    if resumed is not None:
+        return is_also_run(Path(resumed))
+    if wanted is not None:
+        return wanted in ALSO_METHODS
+    return file is not None and _is_also_config(Path(file))
+
+
+def is_also_run(folder: Path) -> bool:
+    """Whether this is the folder of such a run."""
+    return _is_also_config(folder / "config.toml")
+
+
+def _is_also_config(file: Path) -> bool:
+    return file.is_file() and read_toml_file(file, "config").get("method") in ALSO_METHODS
+
+
+@dataclass(frozen=True)
+class _TrainFlags:
+    """Train under shaped rewards that are diagnosed, proposed, tried in branches and promoted by evidence."""
+
+    out: Path | None = None
+    """The run's folder; default: runs/<method>-<base>-<environment>-<size>-seed<seed>-<time>."""
+    resume: Path | None = None
+    """Go on with the run in this folder, also in the middle of its branches; no settings may be given with it."""
+    eval_episodes: int = 200
+    """Episodes to evaluate on after training (0: none)."""
+    replay_episodes: int = 3
+    """Of those, how many to record for the replay page."""
+
+
+def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
+    """The run that the flags describe, over --config's file, and the command's own."""
+    file, name, learner = _take(args, "--config"), _take(args, "--env"), _peek(args, "--base")
+    known = environments()
+    if name is not None and name not in known:
+        raise unknown_name("environment", name, known)
+    method = _peek(args, "--method")
+    if file is not None:
+        base = read_also_toml(Path(file))
+        if learner is not None and learner != base.base:
+            base = dataclasses.replace(base, base=learner, algorithm=cast(Any, None))
+        if method is not None:
+            base = dataclasses.replace(base, method=method)
+    else:
+        given = {"method": method, "base": learner, "environment": name}
+        base = also_from_toml({key: value for key, value in given.items() if value is not None})
+    env = base.env if name is None or type(base.env) is known[name] else known[name]()
+    note = (
+        f"--env NAME picks the environment ({', '.join(known)}), --base NAME what learns, --config FILE reads a run's "
+        f"config.toml first; other flags go over it. Methods: {', '.join(ALSO_METHODS)}."
+    )
+    tables = {"env": type(env), "algorithm": type(base.algorithm)}
+    return run_and_own("train", args, base, {"env": env}, tables, _TrainFlags, note)
+
+
+def train_also(args: list[str]) -> int:
+    """`echelon train --method also --base qmix --env search …`."""
+    from echelon.also import AlsoTrainer
+    from echelon.console import Stopper, Watch, console, results_table
+    from echelon.evaluation.comparison import evaluate_run, finished_evaluation
+    from echelon.reports.account import write_account
+    from echelon.reports.replay import write_replay
+    from echelon.runs import read_run
+
+    given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    resumed = _peek(args, "--resume")
+    run, flags = _flags([*args, "--config", f"{resumed}/config.toml"] if resumed is not None else args)
+    for name in ("eval_episodes", "replay_episodes"):
+        if getattr(flags, name) < 0:
+            raise EchelonError(f"--{name.replace('_', '-')} is {getattr(flags, name)}: it must be at least 0")
+    if flags.resume is not None:
+        if other := sorted(given - {"--resume", "--eval-episodes", "--replay-episodes"}):
+            raise EchelonError(
+                f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
+            )
+        trainer = AlsoTrainer.resume(flags.resume)
+    else:
+        if run.kind.stages != "none" and not run.proposer.startswith(("heuristic", "recorded:")):
+            ensure_local(run.proposer)
+        trainer = AlsoTrainer(run, flags.out or _default_folder(run))
+    folder, run = trainer.folder, trainer.config
+    label = f"{run.method} ({run.base})"
+    who = f", {trainer.proposer.name} proposes" if trainer.proposer is not None else ""
+    console.print(f"{label} in {folder}{who}")
+    stopper = Stopper()
+    with stopper.listening(), Watch() as watch:
+
+        def told(p: AlsoProgress) -> None:
+            for news in p.news:
+                watch.note(news)
+            newest = "" if p.evaluation is None else f", TSR {p.evaluation['tsr']:.2f}"
+            watch.show(label, p.spent, p.steps, f"steps with branches: {p.stage}{newest}")
+
+        finished = trainer.run(told, stopper)
+        watch.end(label)
+        page = write_account(folder)
+        if finished and flags.eval_episodes and not stopper():
+            main = folder / "main"
+            base = read_run(main)
+            words = f"evaluating {run.method}"
+            result = finished_evaluation(base, main, episodes=flags.eval_episodes) or evaluate_run(
+                base, main, episodes=flags.eval_episodes, record=flags.replay_episodes,
+                report=lambda done, total: watch.show(words, done, total, "episodes"), should_stop=stopper,
+                write_replay=write_replay,
+            )  # fmt: skip
+            watch.end(words)
+            if result is not None:
+                results_table({run.method: result}, f"{label}, seed {run.seed}, {run.steps:,} steps with branches")
+    if stopper():
+        console.print(f"stopped; go on with: echelon train --resume {folder}")
+        return 128 + stopper.signal
+    console.print(f"account of diagnoses, proposals, branches and verdicts: {page}")
+    console.print(f"run folder: {folder} (what was trained: {folder / 'main'})")
+    return 0
+
+
+def _default_folder(run: AlsoConfig) -> Path:
+    name = f"{run.method}-{run.base}-{env_name(run.env)}-{run.env.size}-seed{run.seed}"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
