@@ -1,6 +1,6 @@
 """Whether shaping that is proposed, tried and promoted beats the task reward alone, at equal cost.
 
-Sparse `warehouse` (80x80) with flat MAPPO and sparse `search` (60x60, 2 targets) with QMIX: `sparse`, `also`,
+Sparse `warehouse` (80x80) with flat MAPPO and sparse `search` (50x50, 1 target) with QMIX: `sparse`, `also`,
 `fixed-pbrs`, `also-one-shot`, and `also` with a poisonous proposer, 5 seeds each. Curves are over all environment steps
 spent, those of branches counted. What is finished is not done again.
 
@@ -29,7 +29,7 @@ WORLDS: dict[str, dict[str, Any]] = {
                   "env": {"size": 80, "num_agents": 4},
                   "also": {"checkpoints": [0.05], "branch": 0.125}},
     "search": {"base": "qmix", "environment": "search", "steps": 1_200_000,
-               "env": {"size": 60, "num_agents": 4, "num_targets": 2},
+               "env": {"size": 50, "num_agents": 3, "num_targets": 1},
                "also": {"checkpoints": [0.05], "branch": 0.125}},
 }  # fmt: skip
 METHODS = ("sparse", "also", "fixed-pbrs", "also-one-shot", "poison")

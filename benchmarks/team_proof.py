@@ -37,7 +37,7 @@ from echelon.team_training import TeamTrainer
 LETTERS = "abcd"
 # Step size, and how many times the updates: a step is large and noisy without a baseline, slow where no reply is ever
 # better than expected, and misled until value heads know anything.
-PACES = {"mareinforce": (1.5e-3, 2), "maremax": (1e-3, 4), "ma-vdn": (1.5e-3, 2), "ma-qmix": (1.5e-3, 2)}
+PACES = {"mareinforce": (1.5e-3, 2), "maremax": (7e-4, 5), "ma-vdn": (1.5e-3, 2), "ma-qmix": (1.5e-3, 2)}
 
 
 def tiny_model(folder: Path) -> str:

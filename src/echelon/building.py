@@ -263,7 +263,8 @@ def build_worlds(
             planners.append((make_rule_planner(config.cheap_planner), ~mine))
     shaping = None
     if training and (mixture := config.shaping.config(env.name)) is not None:
-        terms, rules = term_set(env.name), config.shaping.rules(env, config.algorithm.gamma)
+        replays = getattr(config.algorithm, "memory", 0) > 0
+        terms, rules = term_set(env.name), config.shaping.rules(env, config.algorithm.gamma, replays=replays)
         shaping = (terms, PotentialShaper(mixture, terms.names, num_envs, rules))
     return TeamWorlds(
         env,

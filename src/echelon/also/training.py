@@ -54,6 +54,7 @@ from echelon.shaping import (
     summarise,
     term_set,
 )
+from echelon.shaping.situation import fresh_id
 from echelon.studies.backends import PoolBackend, cores
 from echelon.studies.engine import Matrix, do_runs, kept_result
 from echelon.studies.spec import Study, StudyRun
@@ -236,6 +237,8 @@ class AlsoTrainer:
         self._report, self._should_stop = report, should_stop
         with only_writer(self.folder):
             remove_leftovers(self.folder)
+            # Called again after a stop: what it decided then stays decided.
+            self._decided |= {stage["name"]: stage for stage in self.account["stages"]}
             for name in ("stages", "mainline", "segments"):
                 self.account[name] = []
             self._seen: list[str] = []
@@ -258,7 +261,7 @@ class AlsoTrainer:
         shares = {"all": c.also.checkpoints, "first": c.also.checkpoints[:1], "none": ()}[c.kind.stages]
         for k, share in enumerate(shares):
             cost = self.branch * (1 + c.also.candidates * c.also.rounds) * c.also.seeds if c.kind.branches else 0
-            begin = round(share * c.steps)
+            begin = max(1, round(share * c.steps))  # there must be a checkpoint to fork from
             self._advance(f"main-{k}", begin)
             if at.spent + cost > c.steps + self.branch // 2:
                 self._tell(f"C{k}: not enough steps are left for its branches")
@@ -269,6 +272,7 @@ class AlsoTrainer:
         config = None if at.shaping is None else at.shaping.to_json()
         self.account["final"] = {"config": config, "steps": at.step, "spent": at.spent,
                                  "tsr": last["tsr"], "task_return": last["task_return"]}  # fmt: skip
+        self._decided.clear()
         self._save()
 
     def _advance(self, name: str, spent: int) -> None:
@@ -277,7 +281,9 @@ class AlsoTrainer:
         if at.spent >= spent:
             return
         until = at.step + spent - at.spent
-        (grown,) = self._train([_Segment(name, at.segment, at.step, until, at.shaping)], f"{self._words()}, mainline")
+        segment = _Segment(name, at.segment, at.step, until, at.shaping)
+        # Without it nothing can go on: what failed last time (no memory, say) is tried again.
+        (grown,) = self._train([segment], f"{self._words()}, mainline", retry_failed=True)
         if grown.problem is not None:
             raise EchelonError(f"segment {name} of {self.folder} failed: {grown.problem}")
         first = at.segment is None
@@ -329,6 +335,8 @@ class AlsoTrainer:
         assert proposer is not None
         if "card" not in stage:
             card, note = proposer.diagnose(situation) if kind.critic else (None, {})
+            if kind.critic and card is None:
+                note = note or {"asked": True}  # a record must tell that there was no card
             stage |= {"card": None if card is None else card.model_dump(mode="json"), "card_note": note}
             self._save()
         card = None if stage["card"] is None else CriticCard.model_validate(stage["card"])
@@ -339,11 +347,11 @@ class AlsoTrainer:
                 if self._should_stop():
                     raise _StoppedError
                 self._show(f"{name}: {proposer.name} proposes")
-                proposed = proposer.propose(situation, card)
+                proposed = _named(proposer.propose(situation, card), tried)
                 stage["rounds"].append({"proposed": proposed.to_json(), "review": None, "review_note": {}})
                 self._save()
             turn = stage["rounds"][n]
-            candidates = {_name(x.id, tried): x for x in Proposed.from_json(turn["proposed"]).candidates}
+            candidates = {x.id: x for x in Proposed.from_json(turn["proposed"]).candidates}
             if not kind.branches:
                 self._take(stage, candidates)
                 return
@@ -447,7 +455,7 @@ class AlsoTrainer:
                 stage["cost"] += grown.steps
             stage["summaries"][name] = self._numbers(self._summary(some))
         if reference is not None:
-            self._at.reference = reference
+            self._at.reference = reference if reference.problem is None else None
         self._save()
 
     def _summary(self, some: Sequence[_Grown], config: ShapingConfig | None = None) -> Summary:
@@ -530,8 +538,7 @@ class AlsoTrainer:
                 at.first = at.shaping
             elif at.reference is None and self.config.also.reference:
                 at.reference = control[0]
-        kept = {winner.segment.id} | ({at.reference.segment.id} if at.reference is not None else set())
-        self._prune(kept)
+        self._prune({winner.segment.id})
 
     def _grid(self) -> None:
         """Try all mixtures of the world's grid from the beginning; the one with the best score goes on."""
@@ -558,9 +565,11 @@ class AlsoTrainer:
 
     # -- segments --------------------------------------------------------------------------------
 
-    def _train(self, segments: Sequence[_Segment], words: str) -> list[_Grown]:
+    def _train(self, segments: Sequence[_Segment], words: str, *, retry_failed: bool = False) -> list[_Grown]:
         """Train and judge some segments, side by side; those that are done are only read."""
         c = self.config
+        if not segments:
+            return []
         # A recurrent network's results depend on the number of threads.
         threads = 1 if c.algorithm.recurrent else max(1, self.slots // len(segments))
         runs = []
@@ -582,7 +591,10 @@ class AlsoTrainer:
                     done += s.until - s.begin
             self._show(words, self._at.spent + done, len(matrix.running))
 
-        do_runs(self._study, runs, self.folder / _WORK, self._backend, report=told, should_stop=self._should_stop)
+        do_runs(
+            self._study, runs, self.folder / _WORK, self._backend, retry_failed=retry_failed, report=told,
+            should_stop=self._should_stop,
+        )  # fmt: skip
         return [self._grown(s) for s in segments]
 
     def _grown(self, segment: _Segment) -> _Grown:
@@ -600,6 +612,8 @@ class AlsoTrainer:
 
     def _prune(self, keep: set[str]) -> None:
         """Remove the checkpoints of segments that nothing goes on from: with a replay memory one may take 100 MB."""
+        if self._at.reference is not None:
+            keep = keep | {self._at.reference.segment.id}
         for name in self._seen:
             if name not in keep:
                 shutil.rmtree(self._folder(name) / "checkpoints", ignore_errors=True)
@@ -615,6 +629,8 @@ class AlsoTrainer:
             metrics = self.folder / entry["run"] / "metrics.jsonl"
             lines.append(metrics.read_text(encoding="utf-8") if metrics.exists() else "")
         atomic_write_text(self.folder / "metrics.jsonl", "".join(lines))
+        if _same_policy(self.folder / "main", self._folder(at.segment)):
+            return  # with what it was evaluated on
         with atomic_directory(self.folder / "main") as temp:
             for name in (
                 "config.toml",
@@ -650,7 +666,10 @@ class AlsoTrainer:
         self._report(AlsoProgress(self._at.spent, self.config.steps, self._words(), news=(news,)))
 
     def _save(self) -> None:
-        atomic_write_json(self.folder / ACCOUNT, self.account)
+        # Stages that were decided before a stop, and aren't reached again yet: killed now, they must not be lost.
+        told = {stage["name"] for stage in self.account["stages"]}
+        later = [stage for name, stage in self._decided.items() if name not in told]
+        atomic_write_json(self.folder / ACCOUNT, self.account | {"stages": [*self.account["stages"], *later]})
 
 
 def _require_free(folder: Path) -> None:
@@ -658,12 +677,13 @@ def _require_free(folder: Path) -> None:
         raise EchelonError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
 
 
-def _name(wanted: str, taken: Mapping[str, Candidate]) -> str:
-    """A candidate's name within its stage; folders are named by it, too."""
-    name = wanted
-    while name in taken:
-        name += "+"
-    return name
+def _named(proposed: Proposed, taken: Mapping[str, Candidate]) -> Proposed:
+    """Proposals under names that no other branch of their stage has; folders are called so, too."""
+    found: dict[str, Candidate] = {}
+    for candidate in proposed.candidates:
+        name = fresh_id(candidate.id, [*taken, *found])
+        found[name] = dataclasses.replace(candidate, id=name)
+    return dataclasses.replace(proposed, candidates=tuple(found.values()))
 
 
 def _json(shaping: ShapingConfig | None) -> dict[str, Any] | None:
@@ -680,6 +700,16 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     told = dataclasses.asdict(verdict)
     scores = {name: round(score, 6) for name, score in verdict.scores.items()}
     return told | {"reasons": list(verdict.reasons), "rejected": dict(verdict.rejected), "scores": scores}
+
+
+def _same_policy(one: Path, other: Path) -> bool:
+    """Whether two runs' folders have the same config and the same newest checkpoint."""
+    found = []
+    for folder in (one, other):
+        newest = checkpoints_of(folder / "checkpoints")[-1:]
+        files = [folder / "config.toml", *(checkpoint / "manifest.json" for checkpoint in newest)]
+        found.append([file.read_bytes() for file in files if file.is_file()])
+    return len(found[0]) == 2 and found[0] == found[1]
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -52,7 +52,7 @@ class ShapingSettings:
         for name, good, need in (
             ("mode", bool(self.mode), "off, a mixture of the world's or a name of your own"),
             ("beta", self.beta is None or 0 <= self.beta <= 1, "0 to 1"),
-            ("offset", math.isfinite(self.offset), "a finite number"),
+            ("offset", self.offset is None or math.isfinite(self.offset), "a finite number"),
             ("scale", self.scale is None or (math.isfinite(self.scale) and self.scale > 0), "a number above 0"),
         ):
             if not good:
@@ -106,8 +106,14 @@ class ShapingSettings:
         weights = tuple(f"{name}={weight!r}" for name, weight in sorted(named.items()))
         return dataclasses.replace(self, mode=config.mode, beta=config.beta, weights=weights)
 
-    def rules(self, env: GridEnv[Any], gamma: float) -> ShapingRules:
-        """How a mixture becomes a reward in the worlds `env`, for a learner whose discount is `gamma`."""
+    def rules(self, env: GridEnv[Any], gamma: float, *, replays: bool = False) -> ShapingRules:
+        """How a mixture becomes a reward in the worlds `env`, for a learner whose discount is `gamma`.
+
+        Args:
+            env: the worlds.
+            gamma: the discount.
+            replays: whether the learner has a replay memory.
+        """
         terms: TermSet = term_set(env.name)
         return ShapingRules(
             gamma=gamma,
@@ -116,7 +122,7 @@ class ShapingSettings:
             team=self.team,
             num_agents=env.num_agents,
             scale=terms.scale(env) if self.scale is None else self.scale,
-            offset=self.offset,
+            offset=float(replays) if self.offset is None else self.offset,
         )
 
     def _weights(self) -> dict[str, float]:
