@@ -215,7 +215,7 @@ def test_extra_rewards_of_an_episode_telescope(world: str) -> None:
     shaper = made.worlds.shaper
     assert shaper is not None and set(WORLDS) <= set(shaped_worlds())
     rules, gamma = shaper.rules, config.algorithm.gamma
-    assert rules.gamma == gamma and rules.scale == max(3 * made.worlds.env.goals, 10)
+    assert rules.gamma == gamma and rules.scale == max(6 * made.worlds.env.goals, 10)
     mixed = shaper.config.vector(shaper.names)
     extra = told["reward"][:, :, 0].astype(float) - told["unshaped"]
     kinds, added = {True: 0, False: 0}, 0.0

@@ -14,6 +14,7 @@ from echelon.envs import env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
 from echelon.flags import _peek, _take, run_and_own
+from echelon.methods import methods
 
 if TYPE_CHECKING:
     from echelon.also import AlsoProgress
@@ -29,6 +30,8 @@ def trains_also(args: list[str]) -> bool:
     if resumed is not None:
         return is_also_run(Path(resumed))
     if wanted is not None:
+        if wanted not in ALSO_METHODS and wanted not in methods():
+            raise unknown_name("method", wanted, [*methods(), *ALSO_METHODS])
         return wanted in ALSO_METHODS
     return file is not None and _is_also_config(Path(file))
 

@@ -68,6 +68,9 @@ class AlsoSettings:
     """Proposals a round."""
     rounds: int = 1
     """Rounds of proposals at a checkpoint; the second one knows what came of the first."""
+    fresh: bool = True
+    """The first proposals are tried from the beginning, as LLM-ALSO does, beside the run on the task reward alone, and
+    for as many steps as it has then done; off: from the checkpoint, as all later ones are."""
     seeds: int = 1
     """Branches of each proposal and of the control, which differ in their random numbers alone. Above 1, a proposal
     must also lead with the lower end of a bootstrap interval over them; the first one's endpoint is promoted."""
@@ -149,7 +152,7 @@ class AlsoConfig:
         if self.shaping.on and self.kind.start != "default":
             raise EchelonError(f"shaping.mode is for fixed-pbrs: {self.method} chooses its shaping itself")
         term_set(env_name(self.env))
-        self.run(None)  # what it says of the base method's settings
+        self.run(self.start)  # what it says of the base method's settings
 
     @property
     def kind(self) -> AlsoMethod:

@@ -34,6 +34,7 @@ from echelon.errors import EchelonError
 from echelon.evaluation.behaviour import record_behaviour
 from echelon.evaluation.protocol import Protocol
 from echelon.forking import fork_run
+from echelon.rng import spawn_keys
 from echelon.runs import versions
 from echelon.shaping import (
     Candidate,
@@ -68,6 +69,7 @@ FORMAT = 1
 _WORK = "work"  # the study engine's folder
 _NO_CHANGE, _REFERENCE = "no change", "reference"
 _BEHAVIOUR = 64  # streams of the worlds in which behaviour is recorded: this one and those above
+_FRESH = 65  # streams of root seeds
 _RULES = ("heuristic", "recorded:")  # proposers that need no model
 
 
@@ -182,7 +184,10 @@ class AlsoTrainer:
             saved = read_json(folder / ACCOUNT, "account")
             if not isinstance(saved, dict) or saved.get("format") != FORMAT:
                 raise EchelonError(f"{folder / ACCOUNT} isn't of format {FORMAT}: move it away to decide anew")
-            trainer._decided = {stage["name"]: stage for stage in saved["stages"]}
+            try:
+                trainer._decided = {stage["name"]: stage for stage in saved["stages"]}
+            except (KeyError, TypeError):
+                raise EchelonError(f"account {folder / ACCOUNT} is damaged: move it away to decide anew") from None
             if isinstance(trainer.proposer, RecordedProposer):
                 trainer.proposer.resume(saved)
         return trainer
@@ -205,7 +210,7 @@ class AlsoTrainer:
         self.account: dict[str, Any] = {
             "format": FORMAT, "method": config.method, "base": config.base, "environment": self.terms.world,
             "seed": config.seed, "steps": config.steps, "best_return": self.best_return,
-            "proposer": None if self.proposer is None else self.proposer.name, "vocabulary": self.terms.vocabulary(),
+            "proposer": "" if self.proposer is None else self.proposer.name, "vocabulary": self.terms.vocabulary(),
             "stages": [], "mainline": [], "segments": [], "final": None,
         }  # fmt: skip
 
@@ -243,6 +248,7 @@ class AlsoTrainer:
                 self.account[name] = []
             self._seen: list[str] = []
             self._at = _Mainline()
+            self._save()  # there is an account from the first moment on
             self._backend = PoolBackend(self.slots, self.folder / "workers.log")
             try:
                 self._grow()
@@ -274,6 +280,17 @@ class AlsoTrainer:
                                  "tsr": last["tsr"], "task_return": last["task_return"]}  # fmt: skip
         self._decided.clear()
         self._save()
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether proposals are tried from the beginning now."""
+        return self.config.also.fresh and self._at.shaping is None
+
+    def _cost(self) -> int:
+        """Environment steps that a stage's branches will take."""
+        also = self.config.also
+        tried = also.candidates * also.rounds * (self.branch + (self._at.step if self._fresh else 0))
+        return also.seeds * (self.branch + tried)
 
     def _advance(self, name: str, spent: int) -> None:
         """Train the mainline on until so many steps are spent."""
@@ -418,8 +435,9 @@ class AlsoTrainer:
         at, seeds = self._at, range(self.config.also.seeds)
         until = at.step + self.branch
 
-        def segments(word: str, shaping: ShapingConfig | None) -> list[_Segment]:
-            return [_Segment(f"{name}-{word}-{j}", at.segment, at.step, until, shaping, j) for j in seeds]
+        def segments(word: str, shaping: ShapingConfig | None, *, fresh: bool = False) -> list[_Segment]:
+            source, begin = (None, 0) if fresh else (at.segment, at.step)
+            return [_Segment(f"{name}-{word}-{j}", source, begin, until, shaping, j) for j in seeds]
 
         wanted: dict[str, list[_Segment]] = {}
         if first:
@@ -429,7 +447,7 @@ class AlsoTrainer:
                 word = f"{name}-{_REFERENCE}"
                 wanted[_REFERENCE] = [_Segment(word, old.segment.id, old.end, until, old.segment.shaping)]
         for key, candidate in candidates.items():
-            wanted[key] = segments(f"{turn + 1}-{key}", candidate.config)
+            wanted[key] = segments(f"{turn + 1}-{key}", candidate.config, fresh=self._fresh)
         flat = [segment for some in wanted.values() for segment in some]
         grown = iter(self._train(flat, f"{name}, round {turn + 1}: {len(flat)} branches"))
         return {key: [next(grown) for _ in some] for key, some in wanted.items()}
@@ -443,7 +461,7 @@ class AlsoTrainer:
         branches: Mapping[str, Sequence[_Grown]],
     ) -> None:
         """Put a round's branches into the account."""
-        shown: dict[str, Sequence[_Grown]] = {_NO_CHANGE: control} if turn == 1 else {}
+        shown: dict[str, Sequence[_Grown]] = {_NO_CHANGE: control} if turn == 1 and control else {}
         if turn == 1 and reference is not None:
             shown[_REFERENCE] = [reference]
         for name, some in {**shown, **branches}.items():
@@ -463,7 +481,7 @@ class AlsoTrainer:
         if problem := next((grown.problem for grown in some if grown.problem is not None), None):
             return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, problem, config)
         rising = self.config.also.rising
-        return summarise(_curves(some), best_return=self.best_return, config=config, rising=rising)
+        return summarise(_curves(some, self._at.step), best_return=self.best_return, config=config, rising=rising)
 
     def _numbers(self, summary: Summary) -> dict[str, float | None]:
         names = ("last_k", "auc", "final", "best", "std", "score", "spike_gap")
@@ -513,7 +531,7 @@ class AlsoTrainer:
         ref = None if reference is None else self._summary([reference])
         if self.config.also.seeds > 1 and not ours.fault:
             stage["lead"] = {
-                name: list(score_lead(_curves(control), _curves(some), best_return=self.best_return))
+                name: list(score_lead(_curves(control, at.step), _curves(some, at.step), best_return=self.best_return))
                 for name, some in grown.items()
                 if not theirs[name].fault
             }
@@ -550,7 +568,6 @@ class AlsoTrainer:
             name: [x] for name, x in zip(self.terms.grid, self._train(segments, "the grid's mixtures"), strict=True)
         }
         self._told(stage, 1, [], None, grown)
-        stage["summaries"].pop(_NO_CHANGE, None)
         summaries = {name: self._summary(some) for name, some in grown.items()}
         rejected = {name: x.fault for name, x in summaries.items() if x.fault is not None}
         scores = {name: x.score for name, x in summaries.items() if x.fault is None}
@@ -576,7 +593,9 @@ class AlsoTrainer:
         for s in segments:
             folder = self._folder(s.id)
             run = c.run(s.shaping, steps=s.until, threads=threads)
-            if s.source is not None:
+            if s.source is None:
+                run = dataclasses.replace(run, seed=_seed(c.seed, s.stream))
+            else:
                 fork_run(self._folder(s.source), folder, run.shaping, steps=s.until, stream=s.stream)
             runs.append(StudyRun(s.id, run, self.terms.world, c.env.size, c.env.num_agents, c.base, c.seed))
             self._seen.append(s.id)
@@ -624,8 +643,10 @@ class AlsoTrainer:
         at = self._at
         if at.segment is None or not checkpoints_of(self._folder(at.segment) / "checkpoints"):
             return
-        lines = []
+        lines: list[str] = []
         for entry in self.account["segments"]:
+            if entry["from"] == 0:  # what was tried from the beginning takes the place of what was before
+                lines.clear()
             metrics = self.folder / entry["run"] / "metrics.jsonl"
             lines.append(metrics.read_text(encoding="utf-8") if metrics.exists() else "")
         atomic_write_text(self.folder / "metrics.jsonl", "".join(lines))
@@ -686,14 +707,23 @@ def _named(proposed: Proposed, taken: Mapping[str, Candidate]) -> Proposed:
     return dataclasses.replace(proposed, candidates=tuple(found.values()))
 
 
+def _seed(seed: int, stream: int) -> int:
+    """The root seed of a segment that begins from scratch."""
+    return int(spawn_keys(seed, (_FRESH, stream), 1)[0] >> np.uint64(1)) if stream else seed
+
+
 def _json(shaping: ShapingConfig | None) -> dict[str, Any] | None:
     return None if shaping is None else shaping.to_json()
 
 
-def _curves(some: Sequence[_Grown]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Task returns of a branch's evaluations, float64 `(seeds, n)`."""
-    length = min(len(grown.curve) for grown in some)
-    return np.array([[point["task_return"] for point in grown.curve[-length:]] for grown in some])
+def _curves(some: Sequence[_Grown], after: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Task returns of a branch's evaluations after so many steps, float64 `(seeds, n)`.
+
+    One that began from scratch is compared over the steps that the control did, too.
+    """
+    curves = [[point["task_return"] for point in grown.curve if point["step"] > after] for grown in some]
+    length = min(map(len, curves))
+    return np.array([curve[len(curve) - length :] for curve in curves])
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:

@@ -194,13 +194,13 @@ class TermSet:
         return out
 
     def scale(self, env: GridEnv[Any]) -> float:
-        """What β is a share of: three times the most task reward that an episode can bring, at least 10 (our choice).
+        """What β is a share of: six times the most task reward that an episode can bring, at least 10 (our choice).
 
         LLM-ALSO's worlds are small and pay at most 1 an episode. What a step adds to a potential shrinks with the map
         and with what the world pays; with less than this MAPPO on 80x80 and QMIX on 40x40 hardly feel it
         (docs/results/also.md).
         """
-        return max(3.0 * env.goals, 10.0)
+        return max(6.0 * env.goals, 10.0)
 
     def vocabulary(self) -> str:
         """The terms and modes in words, for prompts."""
