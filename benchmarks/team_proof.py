@@ -112,9 +112,9 @@ def writing(out: Path, seeds: int, updates: int) -> dict[str, Any]:
     cell: dict[str, Any] = {"updates": updates, "curve": [], "seconds": []}
     for seed in range(seeds):
         config = TeamRunConfig(
-            method="magrpo", env=WritingSettings(), updates=updates, batch=4, seed=seed, eval_every=10, eval_items=12,
-            eval_samples=4, rollout=TeamRolloutConfig(group=4, max_tokens=96, temperature=1.0),
-            policy=TeamPolicyConfig(lr=2e-4),
+            method="magrpo", env=WritingSettings(), updates=updates, batch=2, seed=seed, eval_every=5, eval_items=6,
+            eval_samples=4, checkpoint_every=5, threads=1, policy=TeamPolicyConfig(lr=5e-4),
+            rollout=TeamRolloutConfig(group=4, max_tokens=48, temperature=1.0),
         )  # fmt: skip
         cell["curve"].append(curve(config, out / f"writing-{seed}", None, cell["seconds"]))
         print("writing", seed, cell["curve"][-1], round(cell["seconds"][-1]), flush=True)
@@ -158,14 +158,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, help="default: 5, for SmolLM2 3")
-    parser.add_argument("--updates", type=int, help="default: game 100, writing 40, robots 8 (after 64 of imitation)")
+    parser.add_argument("--updates", type=int, help="default: game 100, writing 15, robots 8 (after 64 of imitation)")
     args = parser.parse_args()
     told = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     told |= {"processor": processor()}
     if "game" in args.parts:
         told["game"] = game(args.out, args.seeds or 5, args.updates or 100)
     if "writing" in args.parts:
-        told["writing"] = writing(args.out, args.seeds or 3, args.updates or 40)
+        told["writing"] = writing(args.out, args.seeds or 3, args.updates or 15)
     if "robots" in args.parts:
         told["robots"] = robots(args.out, args.seeds or 3, args.updates or 8)
     if args.json:
