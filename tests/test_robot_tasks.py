@@ -300,7 +300,7 @@ def test_of_two_that_name_one_package_the_first_gets_it_and_the_other_waits(ware
     assert len(options(second[1])) > 1 and len(options(second[2])) > 1
 
 
-def test_an_unreadable_reply_does_what_is_nearest_of_what_nobody_has_and_costs(warehouse: RobotTask) -> None:
+def test_who_replies_without_naming_an_option_waits_and_it_costs(warehouse: RobotTask) -> None:
     compared = 0
     for item in warehouse.items("eval").tolist():
         prompts = warehouse.prompts(item, ())
@@ -311,13 +311,13 @@ def test_an_unreadable_reply_does_what_is_nearest_of_what_nobody_has_and_costs(w
         replies = letter(prompts[0], nearest), letter(prompts[1], "wait")
         good, other, bad = warehouse.score(
             [Attempt(item, (), (*replies, last))
-             for last in (letter(prompts[2], second), letter(prompts[2], third), "I don't know")]
+             for last in (letter(prompts[2], "wait"), letter(prompts[2], third), "I don't know")]
         )  # fmt: skip
         assert bad.parts == {**good.parts, "invalid": -SMALL.invalid_cost}
         assert bad.reward == pytest.approx(good.reward - SMALL.invalid_cost)
         assert bad.feedback == "Robot 2 named no option." and good.feedback == ""
         compared += other.parts != good.parts  # where it matters what it does
-    assert compared > 2
+    assert compared > 1
 
 
 def test_rewards_add_up_to_what_was_done_less_the_time_that_it_took(warehouse: RobotTask, search: RobotTask) -> None:

@@ -83,8 +83,7 @@ class RobotTeamSettings(TaskSettings):
     messages: bool = True
     """Whether robots hear what the others told the team in the turn before."""
     invalid_cost: float = 0.05
-    """Taken from the reward for each reply that names no option: that robot does what is nearest, which is no bad
-    choice, so an unreadable reply must cost something."""
+    """Taken from the reward for each reply that names no option: the robot waits, which costs time besides."""
     conflict_cost: float = 0.01
     """Taken from the reward for each robot that names what another has: it waits, which costs time besides."""
     train_items: int = 512
@@ -280,8 +279,8 @@ class RobotTask:
     to wait, in an order that tells nothing. Robots under way have one option, to go on, and may tell the team
     something. A robot isn't shown where the others are or what they do: what it knows of them they told it. So it may
     name what another has: then it waits for the next moment (4 steps at most); of two that name the same at once the
-    first gets it. A reply that names no option makes a robot do what is nearest of all that nobody has. Where nobody
-    has a choice (who carries a package brings it) nobody is asked.
+    first gets it. Who replies without naming an option waits, too. Where nobody has a choice (who carries a package
+    brings it) nobody is asked.
 
     An item is an episode: item i of "train" is the first episode of world i of an environment with `train_seed`. All
     results are functions of the settings, the item and what was replied.
@@ -549,9 +548,9 @@ class _Replies(StatelessPlanner):
             course.messages.append(message if self.task.settings.messages else "")
             if chosen is None:
                 result.invalid.append(view.robot)
-                if free[view.robot]:
-                    plan.kind[i, view.robot] = -1
-            elif free[view.robot]:
+                # Anything better would be done with what the robot doesn't know.
+                chosen = next((k for k, o in enumerate(view.options) if o.kind == SubgoalKind.WAIT), 0)
+            if free[view.robot]:
                 _put(plan, i, view.robot, view.options[chosen])
 
     def _refused(self, request: PlanRequest, plan: Plan, i: int) -> None:
