@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from echelon import algorithms, cli, cli_teams, envs, methods, planners, tasks
+from echelon import algorithms, cli, cli_also, cli_teams, envs, methods, planners, shaping, tasks
 from echelon.advantages import team_advantages
 from echelon.algorithms import (
     AlgorithmConfig,
@@ -37,6 +38,7 @@ from echelon.algorithms import (
     team_algorithms,
 )
 from echelon.algorithms.decisions import LearnerConfig
+from echelon.also import ALSO_METHODS, AlsoConfig, AlsoSettings, AlsoTrainer
 from echelon.configs import PLAIN_TABLES, GrowthConfig, PlanningConfig, RunConfig, read_toml
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig
 from echelon.evaluation import evaluate_run
@@ -48,6 +50,7 @@ from echelon.planner_training import PlannerConfig, PlannerTrainer
 from echelon.planners.distilled import DistilConfig
 from echelon.planners.generating import FIELDS
 from echelon.planners.replies import FINDINGS
+from echelon.reports.account import write_account
 from echelon.reports.dialogues import write_dialogues
 from echelon.robot_tasks import RobotTeamSettings, SearchTeamSettings, WarehouseTeamSettings
 from echelon.shaping import ShapingSettings
@@ -140,7 +143,7 @@ def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).resolve().parents[1]))
     registers: list[dict[str, Any]] = [
         envs._REGISTRY, planners._REGISTRY, methods._REGISTRY, algorithms.base._REGISTRY, tasks._REGISTRY,
-        algorithms.teams._TEAMS,
+        algorithms.teams._TEAMS, shaping.base._REGISTRY,
     ]  # fmt: skip
     before = [dict(register) for register in registers]
     yield
@@ -162,6 +165,7 @@ def test_code_of_the_docs_runs(block: Block, monkeypatch: pytest.MonkeyPatch) ->
         text = text.replace('"smollm2-135m"', f'"hf:{make_tiny_model(Path("model"))}"')
     # A quick run's worlds are few, so that an update is short.
     monkeypatch.setattr(RunConfig, "__init__", _with_defaults(RunConfig.__init__, num_envs=16, threads=1), raising=True)
+    monkeypatch.setattr(AlsoConfig, "__init__", _with_defaults(AlsoConfig.__init__, num_envs=4, workers=1))
     exec(compile(text, str(block), "exec"), {"__name__": "__main__"})
 
 
@@ -244,6 +248,32 @@ def test_own_algorithm_trains_and_resumes_as_if_it_had_never_stopped() -> None:
     assert lines_of(Path("half/metrics.jsonl")) == told
     assert "fade = 0.5" in Path("run/config.toml").read_text(encoding="utf-8")
     assert json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))["episodes"] == 2
+
+
+def test_own_shaping_is_tried_in_branches() -> None:
+    path = ROOT / "examples" / "own_shaping.py"
+    few = "--num-envs 16 --steps 4096 --workers 1 --algorithm.rollout 16 --also.checkpoints 0.125 --also.branch 0.125"
+    few += " --also.evaluations 2 --also.episodes 2 --also.behaviour 3 --eval-episodes 2 --replay-episodes 1 --out run"
+    world = ["--env", "vigil", "--env.size", "6", "--env.num-agents", "2", "--env.limit", "24"]
+    run_example("own_shaping.py", "train", "--method", "also", "--imports", str(path), *world, *few.split())
+    account = json_of(Path("run/account.json"))
+    branches = account["stages"][0]["branches"]
+    assert branches[0]["name"] == "no change" and len(branches) == 4
+    assert all(b["problem"] is None and b["curve"] for b in branches)
+    assert {"held", "approach", "spread"} >= {term for b in branches[1:] for term in b["config"]["weights"]}
+    assert json_of(Path("run/main/evaluation.json"))["episodes"] == 2
+    # What its docstring says of the terms: 0 to 1, and 1 where all is done.
+    runpy.run_path(str(path))
+    env, terms = envs.make("vigil", num_envs=64, size=6, num_agents=2, seed=0), shaping.term_set("vigil")
+    told, done = terms.terms(env), 0
+    for k in range(40):
+        env.advance(np.random.default_rng(k).integers(0, 5, (64, 2)).astype(np.int8))
+        told = terms.terms(env)
+        assert (told >= 0).all() and (told <= 1).all()
+        assert (told[env.terminated] == 1).all() and (told[~env.terminated, 0] < 1).all()
+        done += int(env.terminated.sum())
+        env.autoreset()
+    assert done > 0
 
 
 def test_own_learner_learns() -> None:
@@ -349,6 +379,7 @@ def known_flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]
             text += "".join(help_of(command, "--env", world) for world in envs.environments())
             text += "".join(help_of(command, "--method", name) for name in learnt_by.values())
         if command == "train":
+            text += help_of(command, "--method", "also")
             for name, task in (("magrpo", "writing"), ("iac", "coding"), ("ma-vdn", "warehouse"), ("iac", "search")):
                 text += help_of(command, "--method", name, "--env", task)
         if command == "evaluate":
@@ -385,6 +416,9 @@ def test_commands_parse(page: Path, known_flags: dict[str, set[str]]) -> None:
         if args[0] == "train" and "--help" not in args and (cli_teams.trains_a_team(args[1:]) or "--updates" in args):
             team, _ = cli_teams.team_flags("train", args[1:], cli_teams._TrainFlags)
             assert team.method in team_algorithms()
+        elif args[0] == "train" and cli_also.trains_also(args[1:]):
+            grown, _ = cli_also._flags(args[1:])
+            assert grown.method in ALSO_METHODS
         elif args[0] in RUN_COMMANDS and "--help" not in args:
             if "--config" in args and "runs/" in args[args.index("--config") + 1]:
                 args = [a for i, a in enumerate(args) if "--config" not in (a, args[i - 1])]
@@ -456,6 +490,31 @@ def test_a_teams_commands_run_in_their_order(tiny_team: list[str], capsys: pytes
     assert len(lines_of(Path("runs/writing/metrics.jsonl"))) == 3
     assert json_of(Path("runs/writing/evaluation.json"))["episodes"] == 2
     assert (Path("runs/writing") / "team" / "agent0").is_dir() and Path("runs/writing/dialogues.html").exists()
+
+
+def test_commands_of_proposed_shaping_run_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    few = "--steps 2048 --num-envs 16 --workers 1 --env.size 8 --env.num-agents 2 --env.limit 24 --algorithm.rollout 16"
+    few += " --also.checkpoints 0.125 --also.branch 0.125 --also.candidates 1 --also.evaluations 1 --also.episodes 2"
+    few += " --also.behaviour 3"
+    ran = 0
+    for args in commands(ROOT / "docs/shaping.md"):
+        if any(word.startswith("openai:") for word in args):
+            continue
+        if args[0] == "train" and "--resume" not in args:
+            lead = dict(zip(few.split()[::2], few.split()[1::2], strict=True))
+            args = [*args, *(word for flag in lead if flag not in args for word in (flag, lead[flag]))]
+            args = [lead.get(args[i - 1], word) for i, word in enumerate(args)]
+        if args[0] == "train":
+            args += ["--eval-episodes", "2", "--replay-episodes", "1"]
+        if args[0] == "evaluate":
+            args[args.index("--episodes") + 1] = "2"
+        assert cli.main(args) == 0, f"echelon {' '.join(args)}\n{capsys.readouterr().err}"
+        ran += 1
+    assert ran == 6
+    stages = json_of(Path("runs/also/account.json"))["stages"]
+    assert len(stages) == 1 and stages[0]["verdict"] is not None
+    assert json_of(Path("runs/sparse/account.json"))["stages"] == []
+    assert Path("runs/also/account.html").exists() and Path("runs/also/main/replays/evaluation.html").exists()
 
 
 def test_flags_of_the_docs_exist(known_flags: dict[str, set[str]]) -> None:
@@ -798,6 +857,8 @@ def test_presets_are_those_of_the_docs() -> None:
         ("docs/teams.md", "`env` of robots", RobotTeamSettings()),
         ("docs/teams.md", "`env` of `warehouse`", WarehouseTeamSettings()),
         ("docs/teams.md", "`env` of `search`", SearchTeamSettings()),
+        ("docs/shaping.md", "Of the run", AlsoConfig()),
+        ("docs/shaping.md", "`also`", AlsoSettings()),
     ],
     ids=str,
 )
@@ -815,7 +876,7 @@ def test_defaults_are_those_of_the_docs(page: str, head: str, config: Any) -> No
     assert set(told) == own
     for name, value in told.items():
         default = getattr(config, name)
-        default = ", ".join(default) if isinstance(default, tuple) else default
+        default = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         assert value == (str(default).lower() if isinstance(default, bool) else str(default)), name
 
 
@@ -956,6 +1017,62 @@ def test_a_teams_files_are_those_of_the_docs(team_runs: list[Path]) -> None:
     assert {path.name for path in team_runs[0].iterdir()} | {".lock"} == told
     assert {"agent0", "agent1", "team.json"} == {path.name for path in (team_runs[0] / "team").iterdir()}
     assert set(lines_of(team_runs[0] / "timings.jsonl")[0]) <= set(re.findall(r"`(\w+)`", text))
+
+
+# -- shaping that grows with a run -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def also_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with branches of two seeds in two rounds: all that an account may hold."""
+    folder = tmp_path_factory.mktemp("also") / "run"
+    run = AlsoConfig(
+        env=WarehouseConfig(size=6, num_agents=2, num_packages=2, limit=16), steps=8192, num_envs=16, workers=1,
+        algorithm=MAPPOConfig(rollout=16),
+        also=AlsoSettings(
+            checkpoints=(0.05,), branch=0.05, candidates=1, rounds=2, seeds=2, evaluations=1, episodes=2, behaviour=3
+        ),
+    )  # fmt: skip
+    assert AlsoTrainer(run, folder).run()
+    write_account(folder)
+    return folder
+
+
+def test_methods_of_proposed_shaping_are_those_of_the_docs() -> None:
+    told = {row[0].strip("`"): row[1:] for row in rows(section("docs/shaping.md", "Methods"))}
+    assert list(told) == list(ALSO_METHODS)
+    for name, (diagnosis, proposals, branches, _) in told.items():
+        kind = ALSO_METHODS[name]
+        assert diagnosis.startswith("yes") == (kind.critic and kind.stages != "none")
+        told_stages = "all" if "every checkpoint" in proposals else "first" if "first" in proposals else "none"
+        assert told_stages == kind.stages
+        assert (branches == "yes") == (kind.branches and kind.stages != "none")
+
+
+def test_files_of_a_run_with_proposed_shaping_are_those_of_the_docs(also_run: Path) -> None:
+    text = section("docs/files.md", "A run with proposed shaping")
+    files = text.split("### ")[0]
+    told = {name.rstrip("/") for row in rows(files) for name in re.findall(r"`([\w./]+)`", row[0])}
+    assert {path.name for path in also_run.iterdir()} - {"work"} | {"work/runs"} == told
+    everywhere = (ROOT / "docs/files.md").read_text(encoding="utf-8")
+    for folder in (also_run / "main", *(also_run / "work" / "runs").iterdir()):
+        for path in folder.iterdir():
+            assert re.search(rf"`{re.escape(path.name)}/?`", everywhere), path.name
+
+
+def test_account_fields_are_those_of_the_docs(also_run: Path) -> None:
+    account = json_of(also_run / "account.json")
+    head, stage, branch, mainline, segment = tables("docs/files.md", "account.json")
+    text = set(re.findall(r"`(\w+)`", section("docs/files.md", "account.json")))
+    assert set(account) == head and set(account["final"]) <= text
+    (one,) = account["stages"]
+    assert set(one) == stage and len(one["branches"]) == 6 and len(one["lead"]) == 2
+    assert all(set(b) == branch for b in one["branches"])
+    assert all(set(point) == mainline for point in account["mainline"])
+    assert all(set(part) == segment for part in account["segments"])
+    for told in (*one["summaries"].values(), *one["rounds"], one["rounds"][0]["proposed"], one["verdict"],
+                 one["rounds"][0]["proposed"]["candidates"][0], one["evidence"]):  # fmt: skip
+        assert set(told) <= text
 
 
 def test_methods_are_those_of_the_docs() -> None:

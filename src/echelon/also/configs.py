@@ -60,11 +60,11 @@ ALSO_METHODS = {
 class AlsoSettings:
     """When shaping is proposed, and how proposals are tried. Defaults are our choice, but for what the gate asks."""
 
-    checkpoints: tuple[float, ...] = (0.05, 0.55)
+    checkpoints: tuple[float, ...] = (0.03, 0.6)
     """When the run is diagnosed and proposals are tried, as shares of the steps spent: those of branches count."""
-    branch: float = 0.08
+    branch: float = 0.1
     """Steps of each branch, as a share of all steps."""
-    candidates: int = 3
+    candidates: int = 2
     """Proposals a round."""
     rounds: int = 1
     """Rounds of proposals at a checkpoint; the second one knows what came of the first."""

@@ -162,7 +162,10 @@ class AlsoTrainer:
         with only_writer(folder):
             _require_free(folder)
             atomic_write_json(folder / "versions.json", versions())
-            atomic_write_text(folder / "config.toml", also_to_toml(config))
+            # Files that it imports are found from anywhere.
+            imports = tuple(str(Path(name).resolve()) if name.endswith(".py") else name for name in config.imports)
+            told = dataclasses.replace(config, imports=imports)
+            atomic_write_text(folder / "config.toml", also_to_toml(told))
 
     @classmethod
     def resume(cls, folder: Path, *, proposer: Proposer | None = None) -> AlsoTrainer:
@@ -183,11 +186,11 @@ class AlsoTrainer:
         if (folder / ACCOUNT).exists():
             saved = read_json(folder / ACCOUNT, "account")
             if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-                raise EchelonError(f"{folder / ACCOUNT} isn't of format {FORMAT}: move it away to decide anew")
+                raise EchelonError(f"{folder / ACCOUNT} isn't of format {FORMAT}: begin anew in another folder")
             try:
                 trainer._decided = {stage["name"]: stage for stage in saved["stages"]}
             except (KeyError, TypeError):
-                raise EchelonError(f"account {folder / ACCOUNT} is damaged: move it away to decide anew") from None
+                raise EchelonError(f"account {folder / ACCOUNT} is damaged: begin anew in another folder") from None
             if isinstance(trainer.proposer, RecordedProposer):
                 trainer.proposer.resume(saved)
         return trainer
@@ -266,10 +269,9 @@ class AlsoTrainer:
         at.shaping = at.shaping or c.start
         shares = {"all": c.also.checkpoints, "first": c.also.checkpoints[:1], "none": ()}[c.kind.stages]
         for k, share in enumerate(shares):
-            cost = self.branch * (1 + c.also.candidates * c.also.rounds) * c.also.seeds if c.kind.branches else 0
             begin = max(1, round(share * c.steps))  # there must be a checkpoint to fork from
             self._advance(f"main-{k}", begin)
-            if at.spent + cost > c.steps + self.branch // 2:
+            if c.kind.branches and at.spent + self._cost() > c.steps + self.branch // 2:
                 self._tell(f"C{k}: not enough steps are left for its branches")
                 break
             self._stage(f"C{k}", k)
@@ -402,7 +404,13 @@ class AlsoTrainer:
         at, c = self._at, self.config
         assert at.segment is not None
         self._show(f"C{number}: recording behaviour")
-        policy = load_checkpoint(checkpoints_of(self._folder(at.segment) / "checkpoints")[-1]).algorithm
+        saved = checkpoints_of(self._folder(at.segment) / "checkpoints")
+        if not saved:  # the account is gone, and what it held can't be found out again
+            raise EchelonError(
+                f"{self.folder / ACCOUNT} doesn't say what was decided at step {at.step}, and the checkpoint of that "
+                f"step is gone: begin anew in another folder"
+            )
+        policy = load_checkpoint(saved[-1]).algorithm
         stats = record_behaviour(
             c.run(at.shaping), policy, episodes=c.also.behaviour, stream=_BEHAVIOUR + number
         )  # fmt: skip

@@ -38,7 +38,7 @@ class ShapingRules:
     num_agents: int = 1
     """Agents of the team; only `per_agent_sum` asks."""
     scale: float = 1.0
-    """What β is a share of; `TermSet.scale` gives the most that an episode can pay (above 0)."""
+    """What β is a share of (above 0); see `TermSet.scale`."""
     offset: float = 0.0
     """Taken from Φ. With 1, where all terms are 1 at the goal, a success costs no potential: an agent that has little
     experience isn't put off by it. The best policies are the same with any offset."""

@@ -29,8 +29,8 @@ class ShapingSettings:
     mode: str = OFF
     """off: rewards as they are; a mixture of the world's, by its name; or a name of your own, with weights and beta."""
     beta: float | None = None
-    """Strength of the shaping, 0 to 1, a share of what an episode can bring; default: the mode's own. With 0 rewards
-    are as they are, but a run can later be forked with another mixture and all that its replay memory holds."""
+    """Strength of the shaping, 0 to 1, a share of scale; default: the mode's own. With 0 rewards are as they are, but a
+    run can later be forked with another mixture and all that its replay memory holds."""
     weights: tuple[str, ...] = ()
     """Weights in the place of the mode's, each as term=weight; terms that aren't named weigh nothing."""
     terminal: Literal["zero", "state"] = "zero"
@@ -40,10 +40,12 @@ class ShapingSettings:
     """The first step of an episode: shaped as any other, or zero: without extra reward."""
     team: Literal["once", "per_agent_sum"] = "once"
     """The team's reward gets the extra reward once, or once for each agent."""
-    offset: float = 0.0
-    """Taken from the potential before it is scaled; with 1 a success costs none."""
+    offset: float | None = None
+    """Taken from the potential before it is scaled; default: 0, with a replay memory 1: then a success costs no
+    potential."""
     scale: float | None = None
-    """What the strength is a share of, above 0; default: the most task reward that an episode can bring."""
+    """What the strength is a share of, above 0; default: six times the most task reward that an episode can bring, at
+    least 10."""
     buffer: Literal["relabel", "keep", "clear"] = "relabel"
     """What becomes of a replay memory where a fork changes the shaping: its rewards are computed anew, stay as they
     were, or it is emptied."""
