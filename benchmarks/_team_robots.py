@@ -235,7 +235,7 @@ def learned(folder: Path, seed: int, imitation: int, updates: int, items: int) -
     return found
 
 
-def robots(out: Path, seeds: int, updates: int, *, imitation: int = 64, items: int = 32) -> dict[str, Any]:
+def robots(out: Path, seeds: int, updates: int, *, imitation: int = 40, items: int = 32) -> dict[str, Any]:
     """All teams on the same episodes; each result, and each run, is taken up where an earlier call left it."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

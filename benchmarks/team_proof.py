@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=("game", "writing", "robots"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seeds", type=int, help="default: 5, for SmolLM2 3")
-    parser.add_argument("--updates", type=int, help="default: game 100, writing 15, robots 8 (after 64 of imitation)")
+    parser.add_argument("--seeds", type=int, help="default: game 5, writing 3, robots 2")
+    parser.add_argument("--updates", type=int, help="default: game 100, writing 15, robots 4 (after 40 of imitation)")
     args = parser.parse_args()
     told = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     told |= {"processor": processor()}
@@ -167,7 +167,7 @@ def main() -> None:
     if "writing" in args.parts:
         told["writing"] = writing(args.out, args.seeds or 3, args.updates or 15)
     if "robots" in args.parts:
-        told["robots"] = robots(args.out, args.seeds or 3, args.updates or 8)
+        told["robots"] = robots(args.out, args.seeds or 2, args.updates or 4)
     if args.json:
         atomic_write_json(args.json, told)
     print(tables(told))
