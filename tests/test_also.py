@@ -379,12 +379,14 @@ def test_first_proposals_from_the_beginning(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_branches_that_do_not_fit_the_budget_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the beginning they cost more the later it is."""
+    """From the beginning they cost more the later it is: then they go on from the checkpoint, if that fits."""
     monkeypatch.setattr(training, "gate", lambda *some, **others: Verdict(False, None, ("no",)))
-    config, told = tiny(also={"fresh": True}), list[str]()
+    config, told = tiny(also={"fresh": True, "checkpoints": [0.1, 0.6, 0.95]}), list[str]()
     a = grow(config, tmp_path / "run", proposer=Poison(), report=lambda p: told.extend(p.news)).account
-    assert [stage["name"] for stage in a["stages"]] == ["C0"]
-    assert "C1: not enough steps are left for its branches" in told
+    assert [stage["name"] for stage in a["stages"]] == ["C0", "C1"]
+    tried = [[b["curve"][0]["step"] > stage["at"] for b in stage["branches"]] for stage in a["stages"]]
+    assert tried == [[True, False, False], [True, True, True]]
+    assert "C2: not enough steps are left for its branches" in told
     assert a["final"]["spent"] == spent(a) == config.steps
 
 
@@ -704,7 +706,7 @@ def test_poison_that_is_rejected_costs_only_steps(sparse: Path, tmp_path: Path) 
 def test_seeds_rounds_and_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are in the account, and the run's own record gives the same account without its proposer."""
     monkeypatch.setattr(training, "gate", first_wins)
-    also = {"checkpoints": [0.05, 0.4, 0.75], "branch": 0.025, "evaluations": 1, "episodes": 2, "behaviour": 2,
+    also = {"checkpoints": [0.05, 0.35, 0.65], "branch": 0.025, "evaluations": 1, "episodes": 2, "behaviour": 2,
             "candidates": 1, "seeds": 2, "rounds": 2, "reference": True}  # fmt: skip
     config = tiny(also=also, steps=64 * UPDATE)
     proposer = Asked()
@@ -748,7 +750,7 @@ def test_a_reference_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.
     a = grow(tiny(also=also), tmp_path / "run", proposer=Asked()).account
     problems = [{b["name"]: b["problem"] for b in s["branches"] if b["name"] == "reference"} for s in a["stages"]]
     jammed = {"reference": "ValueError: the conveyor is jammed"}
-    assert problems == [{}, {}, jammed, {"reference": None}]  # the shaping before the third change takes its place
+    assert problems == [{}, {}, jammed, {}]  # no other shaping takes its place: it was the first one
     assert a["final"]["spent"] == spent(a)
 
 

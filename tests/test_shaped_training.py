@@ -224,7 +224,8 @@ def test_extra_rewards_of_an_episode_telescope(world: str) -> None:
         for t in np.flatnonzero(told["ended"][:, w, 0]):
             assert told["begins"][first, w] and not told["begins"][first + 1 : t + 1, w].any()
             total = sum(gamma**i * x for i, x in enumerate(extra[first : t + 1, w]))
-            start, last = (rules.scale * shaper.config.beta * float(told[k][at, w].astype(float) @ mixed)
+            whole = rules.scale * shaper.config.beta
+            start, last = (whole * (float(told[k][at, w].astype(float) @ mixed) - rules.offset)
                            for k, at in (("phi", first), ("next_phi", t)))  # fmt: skip
             terminated = bool(told["terminated"][t, w, 0])
             kinds[terminated] += 1

@@ -282,6 +282,19 @@ def test_a_rise_is_no_spike() -> None:
     assert not gate(still, {"a": fall}).accepted
 
 
+def test_two_evaluations_that_rise_are_steady() -> None:
+    rise = summarise([0.0, 0.9], rising=True)
+    assert rise.std == pytest.approx(0.0) and gate(summarise([0.0, 0.0]), {"a": rise}).accepted
+
+
+def test_the_lead_is_of_the_scores_that_the_gate_sees() -> None:
+    still, rise = [[0.0] * 6] * 2, [[0.0, 0.1, 0.2, 0.4, 0.6, 0.8]] * 2
+    for rising in (False, True):
+        lead, low, high = score_lead(still, rise, rising=rising)
+        ours, theirs = (summarise(curves, rising=rising) for curves in (still, rise))
+        assert lead == pytest.approx(theirs.score - ours.score) == pytest.approx(low) == pytest.approx(high)
+
+
 def test_of_a_flat_curve_the_rise_changes_nothing() -> None:
     flat = [0.5] * 7
     assert summarise(flat, rising=True) == summarise(flat)

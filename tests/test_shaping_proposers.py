@@ -553,10 +553,10 @@ def test_a_record_gives_the_same_again(tmp_path: Path) -> None:
     recorded = make_proposer(f"recorded:{tmp_path}")
     assert isinstance(recorded, RecordedProposer)
     assert [call(recorded, situation()) for call in CALLS] == given
-    with pytest.raises(EchelonError, match="is exhausted: it holds 2 of the Critic's cards"):
-        recorded.diagnose(situation())
-    with pytest.raises(EchelonError, match="is exhausted: it holds 3 rounds"):
-        recorded.propose(situation(), None)
+    # Behind its end nobody says anything, and the run goes on as it is.
+    assert recorded.diagnose(situation()) == (None, {"exhausted": "the record holds 2 of the Critic's cards"})
+    spent = recorded.propose(situation(), None)
+    assert spent.candidates == () and spent.note == {"exhausted": "the record holds 3 rounds of proposals"}
     # A run that was stopped within the second checkpoint.
     resumed = make_proposer(f"recorded:{tmp_path / 'account.json'}")
     assert isinstance(resumed, RecordedProposer)

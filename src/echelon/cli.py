@@ -349,6 +349,8 @@ def _replay(args: list[str]) -> int:
     if cli_also.is_also_run(source):
         print(write_account(source))
         source = source / "main"
+        if flags.out is None and not any((source / "replays").glob("*.json")):
+            return 0  # it hasn't been evaluated yet
     if source.is_dir():
         found = sorted((source / "replays").glob("*.json"), key=lambda p: p.stat().st_mtime)
         if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
 from echelon.flags import _peek, _take, run_and_own
 from echelon.methods import methods
+from echelon.studies.spec import import_modules
 
 if TYPE_CHECKING:
     from echelon.also import AlsoProgress
@@ -62,6 +64,7 @@ class _TrainFlags:
 def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
     """The run that the flags describe, over --config's file, and the command's own."""
     file, name, learner = _take(args, "--config"), _take(args, "--env"), _peek(args, "--base")
+    import_modules(_values(args, "--imports"))  # they may register the environment that is named
     known = environments()
     if name is not None and name not in known:
         raise unknown_name("environment", name, known)
@@ -82,6 +85,12 @@ def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
     )
     tables = {"env": type(env), "algorithm": type(base.algorithm)}
     return run_and_own("train", args, base, {"env": env}, tables, _TrainFlags, note)
+
+
+def _values(args: list[str], flag: str) -> list[str]:
+    """What follows a flag that takes several values; `args` stay as they are."""
+    found = itertools.dropwhile(lambda arg: arg != flag, args)
+    return list(itertools.takewhile(lambda arg: not arg.startswith("--"), itertools.islice(found, 1, None)))
 
 
 def train_also(args: list[str]) -> int:

@@ -40,7 +40,9 @@ _RANDOM = ("keys", "draw_key")  # what an algorithm's state calls the keys that 
 _Arrays = dict[str, NDArray[Any]]
 
 
-def fork_run(source: Path, folder: Path, shaping: ShapingSettings, *, steps: int, stream: int = 0) -> None:
+def fork_run(
+    source: Path, folder: Path, shaping: ShapingSettings, *, steps: int, stream: int = 0, threads: int | None = None
+) -> None:
     """Make `folder` a run that goes on from another run's newest checkpoint; `Trainer.resume` trains it.
 
     With the source's own shaping and `stream` 0 it becomes, bit for bit, what the source becomes by going on. Where
@@ -56,6 +58,7 @@ def fork_run(source: Path, folder: Path, shaping: ShapingSettings, *, steps: int
         folder: the new run's; new, or what an interrupted call left.
         shaping: how its rewards are shaped.
         steps: environment steps up to which it is to train, those before the fork counted.
+        threads: processor threads to compute with; default: as many as the source.
         stream: 0: the random numbers are those that the source would go on with; above 0: others, by this number.
 
     Raises:
@@ -69,7 +72,8 @@ def fork_run(source: Path, folder: Path, shaping: ShapingSettings, *, steps: int
     kind = method(old.method)
     if kind.train_planner is not None or not kind.learns:
         raise EchelonError(f"run {source} is of {old.method}: only runs of flat methods that learn can be forked")
-    new = dataclasses.replace(old, shaping=shaping, steps=steps)
+    threads = old.threads if threads is None else threads
+    new = dataclasses.replace(old, shaping=shaping, steps=steps, threads=threads)
     saved = checkpoints_of(source / "checkpoints")
     if (folder / "config.toml").exists():
         _require_fork(folder, new, saved[-1] if saved else None, stream)
@@ -104,8 +108,10 @@ def _require_fork(folder: Path, new: RunConfig, checkpoint: Path | None, stream:
     """
     made = read_json(folder / FORK, "fork") if (folder / FORK).exists() else {}
     same = identity(read_run(folder)) == identity(new) and made.get("stream") == stream
-    if same and checkpoint is not None and (step := int(checkpoint.name.removeprefix("step-"))) <= made["step"]:
-        same = step == made["step"] and made["of"] == _of(checkpoint)
+    # One that is being removed, or was when the process died, can't be asked either.
+    if same and checkpoint is not None and (checkpoint / "manifest.json").exists():
+        step = int(checkpoint.name.removeprefix("step-"))
+        same = step > made["step"] or (step == made["step"] and made["of"] == _of(checkpoint))
     if not same:
         raise EchelonError(f"{folder} holds another run: choose another folder, or move it away")
 

@@ -151,7 +151,11 @@ class AlsoConfig:
             raise EchelonError(f"workers is {self.workers}: it must be at least 1")
         if self.shaping.on and self.kind.start != "default":
             raise EchelonError(f"shaping.mode is for fixed-pbrs: {self.method} chooses its shaping itself")
-        term_set(env_name(self.env))
+        terms = term_set(env_name(self.env))
+        if self.kind.start == "grid" and len(terms.grid) * self.also.branch > 1:
+            raise EchelonError(
+                f"also.branch is {self.also.branch}: {len(terms.grid)} mixtures of the grid don't fit into the steps"
+            )
         self.run(self.start)  # what it says of the base method's settings
 
     @property

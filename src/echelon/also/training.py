@@ -128,8 +128,10 @@ class _Mainline:
     spent: int = 0
     shaping: ShapingConfig | None = None
     first: ShapingConfig | None = None  # the first shaping that was promoted
+    fresh: bool = False  # this stage's proposals are tried from the beginning
     trials: list[Trial] = field(default_factory=list)
     reference: _Grown | None = None
+    had_reference: bool = False
 
 
 class _StoppedError(Exception):
@@ -164,7 +166,7 @@ class AlsoTrainer:
             atomic_write_json(folder / "versions.json", versions())
             # Files that it imports are found from anywhere.
             imports = tuple(str(Path(name).resolve()) if name.endswith(".py") else name for name in config.imports)
-            told = dataclasses.replace(config, imports=imports)
+            told = dataclasses.replace(config, imports=imports, proposer=_resolved(config.proposer))
             atomic_write_text(folder / "config.toml", also_to_toml(told))
 
     @classmethod
@@ -183,17 +185,23 @@ class AlsoTrainer:
         config = read_also_toml(folder / "config.toml")
         trainer = cls.__new__(cls)
         trainer._build(config, folder, proposer)
-        if (folder / ACCOUNT).exists():
-            saved = read_json(folder / ACCOUNT, "account")
-            if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-                raise EchelonError(f"{folder / ACCOUNT} isn't of format {FORMAT}: begin anew in another folder")
-            try:
-                trainer._decided = {stage["name"]: stage for stage in saved["stages"]}
-            except (KeyError, TypeError):
-                raise EchelonError(f"account {folder / ACCOUNT} is damaged: begin anew in another folder") from None
-            if isinstance(trainer.proposer, RecordedProposer):
-                trainer.proposer.resume(saved)
+        trainer._remember()
         return trainer
+
+    def _remember(self) -> None:
+        """Take up what the account says was decided."""
+        path = self.folder / ACCOUNT
+        if not path.exists():
+            return
+        saved = read_json(path, "account")
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise EchelonError(f"{path} isn't of format {FORMAT}: begin anew in another folder")
+        try:
+            self._decided.update({stage["name"]: stage for stage in saved["stages"]})
+        except (KeyError, TypeError):
+            raise EchelonError(f"account {path} is damaged: begin anew in another folder") from None
+        if isinstance(self.proposer, RecordedProposer):
+            self.proposer.resume(saved)
 
     def _build(self, config: AlsoConfig, folder: Path, proposer: Proposer | None) -> None:
         self.config, self.folder = config, folder
@@ -245,8 +253,7 @@ class AlsoTrainer:
         self._report, self._should_stop = report, should_stop
         with only_writer(self.folder):
             remove_leftovers(self.folder)
-            # Called again after a stop: what it decided then stays decided.
-            self._decided |= {stage["name"]: stage for stage in self.account["stages"]}
+            self._remember()  # anew: another process may have gone on since
             for name in ("stages", "mainline", "segments"):
                 self.account[name] = []
             self._seen: list[str] = []
@@ -271,7 +278,9 @@ class AlsoTrainer:
         for k, share in enumerate(shares):
             begin = max(1, round(share * c.steps))  # there must be a checkpoint to fork from
             self._advance(f"main-{k}", begin)
-            if c.kind.branches and at.spent + self._cost() > c.steps + self.branch // 2:
+            # From the beginning only where that fits: late in a run it would cost more than is left.
+            at.fresh = c.also.fresh and at.shaping is None and self._fits(fresh=True)
+            if c.kind.branches and not self._fits(fresh=at.fresh):
                 self._tell(f"C{k}: not enough steps are left for its branches")
                 break
             self._stage(f"C{k}", k)
@@ -283,16 +292,13 @@ class AlsoTrainer:
         self._decided.clear()
         self._save()
 
-    @property
-    def _fresh(self) -> bool:
-        """Whether proposals are tried from the beginning now."""
-        return self.config.also.fresh and self._at.shaping is None
-
-    def _cost(self) -> int:
-        """Environment steps that a stage's branches will take."""
-        also = self.config.also
-        tried = also.candidates * also.rounds * (self.branch + (self._at.step if self._fresh else 0))
-        return also.seeds * (self.branch + tried)
+    def _fits(self, *, fresh: bool) -> bool:
+        """Whether enough steps are left for a stage's branches, but for what rounding to whole rollouts may add."""
+        also, at = self.config.also, self._at
+        each = self.branch + (at.step if fresh else 0)
+        reference = 0 if at.reference is None else at.step + self.branch - at.reference.end
+        cost = also.seeds * (self.branch + also.candidates * also.rounds * each) + reference
+        return at.spent + cost <= self.config.steps + self._study.protocol.every // 2
 
     def _advance(self, name: str, spent: int) -> None:
         """Train the mainline on until so many steps are spent."""
@@ -353,6 +359,8 @@ class AlsoTrainer:
         proposer = self.proposer
         assert proposer is not None
         if "card" not in stage:
+            self._check_stop()
+            self._show(f"{name}: {proposer.name} diagnoses")
             card, note = proposer.diagnose(situation) if kind.critic else (None, {})
             if kind.critic and card is None:
                 note = note or {"asked": True}  # a record must tell that there was no card
@@ -363,10 +371,9 @@ class AlsoTrainer:
         grown: dict[str, list[_Grown]] = {}
         for n in range(c.also.rounds if kind.branches else 1):
             if n == len(stage["rounds"]):
-                if self._should_stop():
-                    raise _StoppedError
+                self._check_stop()
                 self._show(f"{name}: {proposer.name} proposes")
-                proposed = _named(proposer.propose(situation, card), tried)
+                proposed = self._usable(_named(proposer.propose(situation, card), tried))
                 stage["rounds"].append({"proposed": proposed.to_json(), "review": None, "review_note": {}})
                 self._save()
             turn = stage["rounds"][n]
@@ -380,15 +387,34 @@ class AlsoTrainer:
                 control = branches.pop(_NO_CHANGE)
                 if _REFERENCE in branches:
                     (reference,) = branches.pop(_REFERENCE)
+                    at.reference = reference if reference.problem is None else None
             grown |= branches
             self._told(stage, n + 1, control, reference, branches)
             situation = self._after(situation, control, candidates, grown)
             if not turn["review_note"]:
+                self._check_stop()
                 review, note = proposer.review(situation)
                 turn |= {"review": None if review is None else review.model_dump(mode="json"),
                          "review_note": note or {"reviewed": True}}  # fmt: skip
                 self._save()
         self._judge(stage, control, reference, tried, grown)
+
+    def _check_stop(self) -> None:
+        if self._should_stop():
+            raise _StoppedError
+
+    def _usable(self, proposed: Proposed) -> Proposed:
+        """The proposals that can be tried: one that can't costs itself, not the run."""
+        kept, left = [], []
+        for candidate in proposed.candidates:
+            try:
+                self.config.run(candidate.config)
+                Proposed.from_json(dataclasses.replace(proposed, candidates=(candidate,)).to_json())
+                kept.append(candidate)
+            except EchelonError as error:
+                left.append(f"{candidate.id}: {error}")
+        note = {**proposed.note, "left_out": left} if left else proposed.note
+        return dataclasses.replace(proposed, candidates=tuple(kept), note=note)
 
     def _entry(self, name: str) -> dict[str, Any]:
         """The account of a stage: what was decided before a crash is kept, what follows from it is told anew."""
@@ -418,6 +444,7 @@ class AlsoTrainer:
         return evidence(curve, stats, best_return=self.best_return)
 
     def _underperforms(self) -> bool:
+        """Whether the reference, as of the last checkpoint, clearly leads the mainline's newest evaluations."""
         reference, line = self._at.reference, self.account["mainline"]
         if reference is None:
             return False
@@ -455,7 +482,7 @@ class AlsoTrainer:
                 word = f"{name}-{_REFERENCE}"
                 wanted[_REFERENCE] = [_Segment(word, old.segment.id, old.end, until, old.segment.shaping)]
         for key, candidate in candidates.items():
-            wanted[key] = segments(f"{turn + 1}-{key}", candidate.config, fresh=self._fresh)
+            wanted[key] = segments(f"{turn + 1}-{key}", candidate.config, fresh=at.fresh)
         flat = [segment for some in wanted.values() for segment in some]
         grown = iter(self._train(flat, f"{name}, round {turn + 1}: {len(flat)} branches"))
         return {key: [next(grown) for _ in some] for key, some in wanted.items()}
@@ -480,8 +507,6 @@ class AlsoTrainer:
                 })  # fmt: skip
                 stage["cost"] += grown.steps
             stage["summaries"][name] = self._numbers(self._summary(some))
-        if reference is not None:
-            self._at.reference = reference if reference.problem is None else None
         self._save()
 
     def _summary(self, some: Sequence[_Grown], config: ShapingConfig | None = None) -> Summary:
@@ -496,6 +521,9 @@ class AlsoTrainer:
         found = {name: float(getattr(summary, name)) for name in names}
         return {name: round(value, 6) if math.isfinite(value) else None for name, value in found.items()}
 
+    def _known(self, summary: Summary) -> dict[str, float]:
+        return {name: value for name, value in self._numbers(summary).items() if value is not None}
+
     def _after(
         self, situation: Situation, control: Sequence[_Grown], candidates: Mapping[str, Candidate],
         grown: Mapping[str, Sequence[_Grown]],
@@ -506,10 +534,8 @@ class AlsoTrainer:
         for name, candidate in candidates.items():
             summary = self._summary(grown[name], candidate.config)
             verdict = self._gate(ours, {name: summary}, None)
-            numbers = {k: v for k, v in self._numbers(summary).items() if v is not None}
-            trials.append(Trial(dataclasses.replace(candidate, id=name), numbers, False, verdict.reasons))
-        numbers = {k: v for k, v in self._numbers(ours).items() if v is not None}
-        return dataclasses.replace(situation, control=numbers, trials=(*situation.trials, *trials))
+            trials.append(Trial(candidate, self._known(summary), verdict.accepted, verdict.reasons))
+        return dataclasses.replace(situation, control=self._known(ours) or None, trials=(*situation.trials, *trials))
 
     def _gate(
         self, control: Summary, candidates: Mapping[str, Summary], reference: Summary | None,
@@ -538,8 +564,9 @@ class AlsoTrainer:
         theirs = {name: self._summary(some, tried[name].config) for name, some in grown.items()}
         ref = None if reference is None else self._summary([reference])
         if self.config.also.seeds > 1 and not ours.fault:
+            begun, rising = _curves(control, at.step), self.config.also.rising
             stage["lead"] = {
-                name: list(score_lead(_curves(control, at.step), _curves(some, at.step), best_return=self.best_return))
+                name: list(score_lead(begun, _curves(some, at.step), best_return=self.best_return, rising=rising))
                 for name, some in grown.items()
                 if not theirs[name].fault
             }
@@ -550,10 +577,8 @@ class AlsoTrainer:
         said = f"{name}: {verdict.winner} is promoted" if verdict.winner is not None else f"{name}: no change"
         self._tell(f"{said} ({verdict.reasons[0]})" if verdict.winner is None else said)
         for key, candidate in tried.items():
-            numbers = {k: v for k, v in self._numbers(theirs[key]).items() if v is not None}
-            won = key == verdict.winner
             reasons = verdict.reasons if key == verdict.best else (verdict.rejected.get(key, "another scored better"),)
-            at.trials.append(Trial(dataclasses.replace(candidate, id=key), numbers, won, tuple(reasons)))
+            at.trials.append(Trial(candidate, self._known(theirs[key]), key == verdict.winner, tuple(reasons)))
         if winner.problem is not None:  # nothing can be judged without a control: the mainline stands where it was
             at.spent = begin + stage["cost"]
             self._save()
@@ -562,8 +587,8 @@ class AlsoTrainer:
         if verdict.winner is not None:
             if before is None:
                 at.first = at.shaping
-            elif at.reference is None and self.config.also.reference:
-                at.reference = control[0]
+            elif not at.had_reference and self.config.also.reference:
+                at.reference, at.had_reference = control[0], True
         self._prune({winner.segment.id})
 
     def _grid(self) -> None:
@@ -604,7 +629,7 @@ class AlsoTrainer:
             if s.source is None:
                 run = dataclasses.replace(run, seed=_seed(c.seed, s.stream))
             else:
-                fork_run(self._folder(s.source), folder, run.shaping, steps=s.until, stream=s.stream)
+                fork_run(self._folder(s.source), folder, run.shaping, steps=s.until, stream=s.stream, threads=threads)
             runs.append(StudyRun(s.id, run, self.terms.world, c.env.size, c.env.num_agents, c.base, c.seed))
             self._seen.append(s.id)
 
@@ -616,7 +641,8 @@ class AlsoTrainer:
                     done += max(0, int(said["done"]) - s.begin)
                 elif s.id not in matrix.running and kept_result(self._folder(s.id))[0] is not None:
                     done += s.until - s.begin
-            self._show(words, self._at.spent + done, len(matrix.running))
+            news = tuple(line for line in matrix.news if ": finished" not in line)
+            self._show(words, self._at.spent + done, len(matrix.running), news)
 
         do_runs(
             self._study, runs, self.folder / _WORK, self._backend, retry_failed=retry_failed, report=told,
@@ -685,11 +711,11 @@ class AlsoTrainer:
     def _words(self) -> str:
         return "task reward" if self._at.shaping is None else self._at.shaping.mode
 
-    def _show(self, stage: str, spent: int | None = None, running: int = 0) -> None:
+    def _show(self, stage: str, spent: int | None = None, running: int = 0, news: tuple[str, ...] = ()) -> None:
         line = self.account["mainline"]
         newest = line[-1] if line else None
         done = self._at.spent if spent is None else spent
-        self._report(AlsoProgress(min(done, self.config.steps), self.config.steps, stage, running, newest))
+        self._report(AlsoProgress(min(done, self.config.steps), self.config.steps, stage, running, newest, news))
 
     def _tell(self, news: str) -> None:
         self._report(AlsoProgress(self._at.spent, self.config.steps, self._words(), news=(news,)))
@@ -704,6 +730,12 @@ class AlsoTrainer:
 def _require_free(folder: Path) -> None:
     if (folder / "config.toml").exists():
         raise EchelonError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
+
+
+def _resolved(proposer: str) -> str:
+    """A record's name, to be found from anywhere."""
+    kind, _, path = proposer.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if kind == "recorded" else proposer
 
 
 def _named(proposed: Proposed, taken: Mapping[str, Candidate]) -> Proposed:

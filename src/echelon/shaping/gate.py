@@ -124,7 +124,7 @@ def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = 
         peak = len(points) - 1 - int(points[::-1].argmax())  # of equals the last one
         best += float(last.mean() - points[peak:][-LAST:].mean())
         at = np.arange(len(last)) - (len(last) - 1) / 2
-        slope = float(at @ last) / max(float(at @ at), 1.0)
+        slope = float(at @ last) / max(float(at @ at), 0.5)
         steady = last - max(slope, 0.0) * at
     return Summary(
         last_k=float(last.mean()),
@@ -144,6 +144,7 @@ def score_lead(
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    rising: bool = False,
 ) -> tuple[float, float, float]:
     """By how much a candidate's score leads the control's, where each has several seeds: estimate and interval.
 
@@ -153,6 +154,7 @@ def score_lead(
         control, candidate: float `(seeds, n)` each, evaluation curves; the numbers of seeds may differ.
         best_return: see `summarise`.
         resamples: draws; confidence: the interval's level; seed: of the draws.
+        rising: see `summarise`.
 
     Returns:
         lead, low, high.
@@ -166,7 +168,7 @@ def score_lead(
         points = np.asarray(curves, np.float64)
         if points.ndim != 2 or not points.size or not np.isfinite(points).all():
             raise ValueError("curves must be finite and (seeds, n)")
-        own = _scores(points / best_return)
+        own = _scores(points / best_return, rising)
         # Sorted, so that the seeds' order doesn't matter. The score of a mean curve is nearly the mean of scores.
         drawn = np.sort(own)[generator.integers(0, len(own), (resamples, len(own)))].mean(1)
         scores.append((own.mean(), drawn))
@@ -175,8 +177,8 @@ def score_lead(
     return float(mean - base), float(low), float(high)
 
 
-def _scores(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.array([summarise(curve).score for curve in points])
+def _scores(points: NDArray[np.float64], rising: bool) -> NDArray[np.float64]:
+    return np.array([summarise(curve, rising=rising).score for curve in points])
 
 
 def reference_leads(control: SummaryLike, reference: SummaryLike) -> bool:

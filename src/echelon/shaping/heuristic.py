@@ -37,7 +37,7 @@ _TERMS: Mapping[str, frozenset[str]] = {
     "order": frozenset({"traffic", "stab", "apart"}),
 }
 _OWN: Mapping[tuple[str, str], frozenset[str]] = {
-    ("search", "handle"): frozenset({"explored", "found"}),
+    ("search", "handle"): frozenset({"seen", "explored"}),  # what is near are regions, and they are there to be seen
     ("repair", "reach"): frozenset({"fetch", "unlocked"}),
     ("repair", "handle"): frozenset({"equipped", "approach"}),
     ("repair", "spread"): frozenset({"unlocked", "traffic"}),

@@ -173,7 +173,7 @@ class ModelProposer:
             risk_notes=texts,
         )
         reply, note = self._ask("review", situation, told, shape, ResultDiagnosis, check)
-        if reply is not None and note["tries"][-1].get("reasons"):
+        if reply is not None and check(reply):
             reply = None  # advice about something that wasn't tried is none
         return reply, note
 

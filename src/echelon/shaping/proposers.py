@@ -100,26 +100,27 @@ class RecordedProposer:
         self._round = sum(len(stage["rounds"]) for stage in stages)
 
     def diagnose(self, situation: Situation) -> tuple[CriticCard | None, dict[str, Any]]:
-        """The next card.
+        """The next card; behind the record's end there is none.
 
         Raises:
-            EchelonError: there is none left, or the record is of another world.
+            EchelonError: the record is of another world.
         """
         self._fits(situation)
-        if self._card == len(self._cards):
-            raise EchelonError(f"account {self._file} is exhausted: it holds {len(self._cards)} of the Critic's cards")
+        if self._card >= len(self._cards):
+            return None, {"exhausted": f"the record holds {len(self._cards)} of the Critic's cards"}
         self._card += 1
         return self._cards[self._card - 1]
 
     def propose(self, situation: Situation, card: CriticCard | None) -> Proposed:
-        """The next round's proposals.
+        """The next round's proposals; behind the record's end there are none.
 
         Raises:
-            EchelonError: there are none left, or the record is of another world.
+            EchelonError: the record is of another world.
         """
         self._fits(situation)
-        if self._round == len(self._proposed):
-            raise EchelonError(f"account {self._file} is exhausted: it holds {self._round} rounds of proposals")
+        if self._round >= len(self._proposed):
+            note = {"exhausted": f"the record holds {len(self._proposed)} rounds of proposals"}
+            return Proposed((), "uncertain", "conservative", note)
         proposed = self._proposed[self._round]
         for candidate in proposed.candidates:
             candidate.config.vector(situation.terms.names)
