@@ -164,7 +164,7 @@ CROWD = {"same_target": 0.9, "events": 1.0}
         ("search", NOBODY, {"exploration_push", "frontier_approach"}),
         ("warehouse", NOBODY, {"package_acquisition"}),
         ("repair", NOBODY, {"tool_acquisition"}),
-        ("search", {"failed_near": 0.9}, {"finish_regions"}),
+        ("search", {"failed_near": 0.9}, {"exploration_push", "finish_regions"}),
         ("warehouse", {"failed_near": 0.9}, {"carry_to_zone"}),
         ("repair", {"failed_near": 0.9}, {"tool_to_machine"}),
         ("search", CROWD, {"spread_out"}),
