@@ -201,19 +201,22 @@ def kept(path: Path, name: str, find: Callable[[], dict[str, Any]]) -> dict[str,
     return dict(found)
 
 
-def learned(folder: Path, seed: int, imitation: int, updates: int, items: int) -> dict[str, dict[str, Any]]:
-    """One team: untouched (the same for all seeds, so of the first alone), after imitation, and after MAGRPO."""
+def begun(folder: Path, seed: int, imitation: int, updates: int) -> TeamTrainer:
+    """A team's training, new or as it was left."""
+    if (folder / "config.toml").exists():
+        return TeamTrainer.resume(folder)
     config = TeamRunConfig(
         method="magrpo", env=WarehouseTeamSettings(), seed=seed, updates=updates, batch=1, imitation=imitation,
         imitation_batch=6, lessons=128, eval_every=0, checkpoint_every=10, threads=1,
         # An update of the top third of the layers takes three fifths of the time of one of all.
         policy=TeamPolicyConfig(layers=10, lr=5e-4),
     )  # fmt: skip
-    trainer: Any = None
-    if not (folder / "trained.json").exists():
-        begun = (folder / "config.toml").exists()
-        trainer = TeamTrainer.resume(folder) if begun else TeamTrainer(config, folder)
-    chosen = [int(i) for i in RobotTask(config.env).items("eval")[:items]]
+    return TeamTrainer(config, folder)
+
+
+def learned(folder: Path, seed: int, imitation: int, updates: int, chosen: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """One team: after imitation, and after MAGRPO."""
+    trainer: Any = None if (folder / "trained.json").exists() else begun(folder, seed, imitation, updates)
     found = {}
     start = time.time()
 
@@ -224,9 +227,7 @@ def learned(folder: Path, seed: int, imitation: int, updates: int, items: int) -
             told = f"{value} {progress.metrics.get(value, 0):.3f}"
             print(f"seed {seed} {stage} {at[0]}/{at[1]}: {told}, {time.time() - start:.0f} s", flush=True)
 
-    for stage in LEARNED:
-        if stage == "untouched" and seed:
-            continue
+    for stage in ("imitated", "trained"):
         if stage == "imitated" and trainer is not None and trainer.imitated < trainer.config.imitation:
             trainer.run(report, lambda: trainer.imitated == trainer.config.imitation)
         if stage == "trained" and trainer is not None:
@@ -246,8 +247,12 @@ def robots(out: Path, seeds: int, updates: int, *, imitation: int = 40, items: i
         teams[name] = [kept(out / f"robots-{name}.json", name, lambda n=name: central(task, chosen, n))]
     for name in RULED:
         teams[name] = [kept(out / f"robots-{name}.json", name, lambda n=name: letters(task, chosen, n))]
+    new = out / "robots-untouched"
+    teams["untouched"] = [
+        kept(new.with_suffix(".json"), "untouched", lambda: decentralised(begun(new, 0, imitation, updates), chosen))
+    ]
     for seed in range(seeds):
-        for stage, found in learned(out / f"robots-{seed}", seed, imitation, updates, items).items():
+        for stage, found in learned(out / f"robots-{seed}", seed, imitation, updates, chosen).items():
             teams.setdefault(stage, []).append(found)
     some = chosen[:WRITTEN_ITEMS]
     teams["writing"] = [kept(out / "robots-writing.json", "writing", lambda: central(task, some, "writing"))]
