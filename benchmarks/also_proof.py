@@ -1,6 +1,6 @@
 """Whether shaping that is proposed, tried and promoted beats the task reward alone, at equal cost.
 
-Sparse `warehouse` (100x100) with flat MAPPO and sparse `search` (60x60, 1 target) with QMIX: `sparse`, `also`,
+Sparse `warehouse` (100x100) with flat MAPPO and sparse `search` (40x40, 1 target) with QMIX: `sparse`, `also`,
 `fixed-pbrs`, `also-one-shot`, and `also` with a poisonous proposer, 5 seeds each. Curves are over all environment steps
 spent, those of branches counted. What is finished is not done again.
 
@@ -28,9 +28,9 @@ WORLDS: dict[str, dict[str, Any]] = {
     "warehouse": {"base": "flat-mappo", "environment": "warehouse", "steps": 1_500_000,
                   "env": {"size": 100, "num_agents": 4},
                   "also": {"checkpoints": [0.02], "branch": 0.18, "candidates": 1, "evaluations": 5, "episodes": 32}},
-    "search": {"base": "qmix", "environment": "search", "steps": 900_000,
-               "env": {"size": 60, "num_agents": 4, "num_targets": 1, "sensor": 6},
-               "also": {"checkpoints": [0.03], "branch": 0.15, "candidates": 1, "evaluations": 5, "episodes": 64}},
+    "search": {"base": "qmix", "environment": "search", "steps": 1_000_000,
+               "env": {"size": 40, "num_agents": 3, "num_targets": 1},
+               "also": {"checkpoints": [0.02], "branch": 0.17, "candidates": 1, "evaluations": 5, "episodes": 64}},
 }  # fmt: skip
 METHODS = ("sparse", "also", "fixed-pbrs", "also-one-shot", "poison")
 # What helps least: to stand apart is all that pays, as much as it can.

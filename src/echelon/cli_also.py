@@ -14,8 +14,9 @@ from echelon.configs import read_toml_file
 from echelon.envs import env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
-from echelon.flags import _peek, _take, run_and_own
+from echelon.flags import peek, run_and_own, take
 from echelon.methods import methods
+from echelon.shaping import needs_model
 from echelon.studies.spec import import_modules
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 def trains_also(args: list[str]) -> bool:
     """Whether these flags of `echelon train` are about a run whose shaping grows."""
-    resumed, file, wanted = _peek(args, "--resume"), _peek(args, "--config"), _peek(args, "--method")
+    resumed, file, wanted = peek(args, "--resume"), peek(args, "--config"), peek(args, "--method")
     if resumed is not None:
         return is_also_run(Path(resumed))
     if wanted is not None:
@@ -63,12 +64,12 @@ class _TrainFlags:
 
 def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
     """The run that the flags describe, over --config's file, and the command's own."""
-    file, name, learner = _take(args, "--config"), _take(args, "--env"), _peek(args, "--base")
+    file, name, learner = take(args, "--config"), take(args, "--env"), peek(args, "--base")
     import_modules(_values(args, "--imports"))  # they may register the environment that is named
     known = environments()
     if name is not None and name not in known:
         raise unknown_name("environment", name, known)
-    method = _peek(args, "--method")
+    method = peek(args, "--method")
     if file is not None:
         base = read_also_toml(Path(file))
         if learner is not None and learner != base.base:
@@ -103,7 +104,7 @@ def train_also(args: list[str]) -> int:
     from echelon.runs import read_run
 
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
-    resumed = _peek(args, "--resume")
+    resumed = peek(args, "--resume")
     run, flags = _flags([*args, "--config", f"{resumed}/config.toml"] if resumed is not None else args)
     for name in ("eval_episodes", "replay_episodes"):
         if getattr(flags, name) < 0:
@@ -115,7 +116,7 @@ def train_also(args: list[str]) -> int:
             )
         trainer = AlsoTrainer.resume(flags.resume)
     else:
-        if run.kind.stages != "none" and not run.proposer.startswith(("heuristic", "recorded:")):
+        if run.kind.stages != "none" and needs_model(run.proposer):
             ensure_local(run.proposer)
         trainer = AlsoTrainer(run, flags.out or _default_folder(run))
     folder, run = trainer.folder, trainer.config

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
-from echelon.flags import _peek, parse
+from echelon.flags import parse, peek
 
 __all__ = ["train_planner"]
 
@@ -35,7 +35,7 @@ def train_planner(args: list[str]) -> int:
     from echelon.console import Stopper, Watch, console
     from echelon.planner_training import PRESETS, PlannerConfig, PlannerTrainer
 
-    name = _peek(args, "--preset") or "default"
+    name = peek(args, "--preset") or "default"
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     plain = PlannerConfig(**PRESETS[name])

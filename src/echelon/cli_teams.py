@@ -13,7 +13,7 @@ from echelon.configs import read_toml_file
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
-from echelon.flags import _peek, _take, parse, run_and_own
+from echelon.flags import parse, peek, run_and_own, take
 from echelon.tasks import task_name, tasks
 from echelon.team_configs import TeamRunConfig, read_team_toml, team_from_toml
 
@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 def trains_a_team(args: list[str]) -> bool:
     """Whether these flags of `echelon train` are about a team of language models."""
-    resumed, file, wanted = _peek(args, "--resume"), _peek(args, "--config"), _peek(args, "--method")
+    resumed, file, wanted = peek(args, "--resume"), peek(args, "--config"), peek(args, "--method")
     if resumed is not None:
         return is_team_run(Path(resumed))
     if wanted in team_algorithms():
         return True
     if file is not None:
         return wanted is None and _is_team_config(Path(file))
-    return _peek(args, "--env") in tasks().keys() - environments().keys()
+    return peek(args, "--env") in tasks().keys() - environments().keys()
 
 
 def is_team_run(folder: Path) -> bool:
@@ -47,7 +47,7 @@ def team_flags(
     command: str, args: list[str], extra: type[T], *, base: TeamRunConfig | None = None
 ) -> tuple[TeamRunConfig, T]:
     """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`)."""
-    file, name, known = _take(args, "--config"), _take(args, "--env"), tasks()
+    file, name, known = take(args, "--config"), take(args, "--env"), tasks()
     if name is not None and name not in known:
         raise unknown_name("environment of a team of language models", name, known)
     if file is not None:
@@ -59,7 +59,7 @@ def team_flags(
         # Another task brings its own ways of sampling.
         env = known[name]()
         base = dataclasses.replace(base, env=env, rollout=cast(Any, None))
-    if (wanted := _peek(args, "--method")) is not None and wanted != base.method:
+    if (wanted := peek(args, "--method")) is not None and wanted != base.method:
         if wanted not in team_algorithms():
             raise unknown_name("method of a team of language models", wanted, team_algorithms())
         base = dataclasses.replace(base, method=wanted, algorithm=cast(Any, None))
@@ -88,7 +88,7 @@ def train_team(args: list[str]) -> int:
     from echelon.team_training import TeamProgress, TeamTrainer
 
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
-    resumed = _peek(args, "--resume")
+    resumed = peek(args, "--resume")
     base = read_team_toml(Path(resumed) / "config.toml") if resumed is not None else None
     run, flags = team_flags("train", args, _TrainFlags, base=base)
     if flags.resume is not None:

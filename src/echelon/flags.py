@@ -35,7 +35,7 @@ from echelon.methods import methods
 from echelon.runs import trained_folder
 from echelon.subgoals import SubgoalConfig
 
-__all__ = ["env_flags", "parse", "run_and_own", "run_flags", "run_folder"]
+__all__ = ["env_flags", "parse", "peek", "run_and_own", "run_flags", "run_folder", "take"]
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -136,7 +136,7 @@ def _is_rule(line: str) -> bool:
     return not line.strip("╭╰╮╯─+-")
 
 
-def _take(args: list[str], flag: str) -> str | None:
+def take(args: list[str], flag: str) -> str | None:
     """Take `flag VALUE` (or `flag=VALUE`) out of `args`."""
     for i, arg in enumerate(args):
         if arg == flag:
@@ -151,7 +151,7 @@ def _take(args: list[str], flag: str) -> str | None:
     return None
 
 
-def _peek(args: list[str], flag: str) -> str | None:
+def peek(args: list[str], flag: str) -> str | None:
     """What `flag VALUE` (or `flag=VALUE`) says last; `args` stay as they are."""
     found = None
     for i, arg in enumerate(args):
@@ -174,7 +174,7 @@ def run_flags(
 
     `--env NAME` picks the environment and `--method NAME` the algorithm, whose settings are then flags.
     """
-    file, name = _take(args, "--config"), _take(args, "--env")
+    file, name = take(args, "--config"), take(args, "--env")
     if file is not None:
         base = read_toml(Path(file))
     elif base is None:
@@ -183,7 +183,7 @@ def run_flags(
     if name is not None and name not in known:
         raise unknown_name("environment", name, known)
     env = base.env if name is None or type(base.env) is known[name] else known[name]()
-    if (wanted := _peek(args, "--method")) is not None:
+    if (wanted := peek(args, "--method")) is not None:
         # A method brings the settings of its algorithm, which are then flags.
         base = base.with_method(wanted)
     tables = {"env": type(env), "subgoals": SubgoalConfig, "algorithm": type(base.algorithm), **PLAIN_TABLES}

@@ -50,6 +50,7 @@ from echelon.shaping import (
     evidence,
     gate,
     make_proposer,
+    needs_model,
     reference_leads,
     score_lead,
     summarise,
@@ -70,7 +71,6 @@ _WORK = "work"  # the study engine's folder
 _NO_CHANGE, _REFERENCE = "no change", "reference"
 _BEHAVIOUR = 64  # streams of the worlds in which behaviour is recorded: this one and those above
 _FRESH = 65  # streams of root seeds
-_RULES = ("heuristic", "recorded:")  # proposers that need no model
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class AlsoTrainer:
 
     def _proposer(self) -> Proposer:
         c = self.config
-        writer = None if c.proposer.startswith(_RULES) else writer_of(c.proposer, c.server, c.gguf)
+        writer = writer_of(c.proposer, c.server, c.gguf) if needs_model(c.proposer) else None
         return make_proposer(c.proposer, writer, seed=c.seed)
 
     # -- the loop ------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class AlsoTrainer:
         self._follow(grown, "the beginning" if first else "the mainline goes on", at.spent, grown.steps)
         self._prune({name})
 
-    def _follow(self, grown: _Grown, why: str, begin: int, cost: int, *, also: _Grown | None = None) -> None:
+    def _follow(self, grown: _Grown, why: str, begin: int, cost: int, *, control: _Grown | None = None) -> None:
         """Let the mainline go on at the end of a segment.
 
         Args:
@@ -323,14 +323,14 @@ class AlsoTrainer:
             why: for the account.
             begin: steps spent when it began.
             cost: steps spent since then, on it and on what was tried beside it.
-            also: what the mainline would have been until the segment was chosen; default: the segment itself.
+            control: what the mainline would have been until the segment was chosen; default: the segment itself.
         """
-        at, shown = self._at, also or grown
+        at, shown = self._at, control or grown
         for point in shown.curve:
             share = (point["step"] - shown.segment.begin) / max(1, shown.steps)
             self._point(point, begin + round(share * cost), shown.segment)
         at.segment, at.step, at.spent, at.shaping = grown.segment.id, grown.end, begin + cost, grown.segment.shaping
-        if also is not None and grown is not also:
+        if control is not None and grown is not control:
             self._point(grown.curve[-1], at.spent, grown.segment)
         entry = {"run": self._place(grown.segment.id), "from": grown.segment.begin, "to": grown.end, "why": why}
         self.account["segments"].append(entry | {"config": _json(grown.segment.shaping)})
@@ -583,7 +583,7 @@ class AlsoTrainer:
             at.spent = begin + stage["cost"]
             self._save()
             return
-        self._follow(winner, said, begin, stage["cost"], also=control[0] if control[0].problem is None else None)
+        self._follow(winner, said, begin, stage["cost"], control=control[0] if control[0].problem is None else None)
         if verdict.winner is not None:
             if before is None:
                 at.first = at.shaping
@@ -610,7 +610,7 @@ class AlsoTrainer:
         verdict = Verdict(True, best, (f"{best}: the best score of the grid",), best, rejected, scores)
         stage["verdict"] = _verdict(verdict)
         first = next(some[0] for some in grown.values() if some[0].problem is None)
-        self._follow(grown[best][0], f"{best} has the best score", 0, stage["cost"], also=first)
+        self._follow(grown[best][0], f"{best} has the best score", 0, stage["cost"], control=first)
         self._prune({grown[best][0].segment.id})
 
     # -- segments --------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from echelon.shaping.candidates import (
     Candidate,
     Checked,
     CriticCard,
-    FinalSelection,
     GeneratorReply,
     Proposal,
     ResultDiagnosis,
@@ -33,6 +32,7 @@ from echelon.shaping.proposers import (
     Situation,
     Trial,
     make_proposer,
+    needs_model,
 )
 from echelon.shaping.repair import REPAIR
 from echelon.shaping.search import SEARCH
@@ -48,7 +48,6 @@ __all__ = [
     "Checked",
     "CriticCard",
     "CurveFeatures",
-    "FinalSelection",
     "GeneratorReply",
     "HeuristicProposer",
     "ModelProposer",
@@ -77,6 +76,7 @@ __all__ = [
     "make_proposer",
     "mixture",
     "mode_table",
+    "needs_model",
     "read_reply",
     "reference_leads",
     "register",

@@ -24,7 +24,6 @@ __all__ = [
     "Candidate",
     "Checked",
     "CriticCard",
-    "FinalSelection",
     "GeneratorReply",
     "Proposal",
     "ResultDiagnosis",
@@ -125,17 +124,6 @@ class ResultDiagnosis(_Reply):
     metric_basis: Lines
     short_reason: Line
     risk_notes: Lines
-
-
-class FinalSelection(_Reply):
-    """The Critic's choice among the first shapings that were tried."""
-
-    selected_candidate_id: Name
-    selection_reason: Line
-    known_risks: Lines = []
-    stage_hypotheses: Lines = []
-    supported_reward_hypotheses: Lines = []
-    rejected_reward_hypotheses: Lines = []
 
 
 R = TypeVar("R", bound=_Reply)

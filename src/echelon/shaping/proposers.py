@@ -26,9 +26,15 @@ __all__ = [
     "Situation",
     "Trial",
     "make_proposer",
+    "needs_model",
 ]
 
 _RECORDED = "recorded:"
+
+
+def needs_model(spec: str) -> bool:
+    """Whether a proposer of that name is a language model."""
+    return spec != HeuristicProposer.name and not spec.startswith(_RECORDED)
 
 
 def make_proposer(spec: str, writer: TextModel | None = None, *, seed: int = 0) -> Proposer:
