@@ -132,9 +132,7 @@ class _TrainFlags:
 
 
 def _train(args: list[str]) -> int:
-    from echelon.console import Stopper, Watch, console, results_table
-    from echelon.evaluation.comparison import evaluate_run, finished_evaluation
-    from echelon.reports.replay import write_replay
+    from echelon.console import Stopper, Watch, console, evaluate_trained
     from echelon.runs import read_run
     from echelon.training import Trainer
 
@@ -167,17 +165,13 @@ def _train(args: list[str]) -> int:
     with stopper.listening(), Watch() as watch:
         finished = trainer.run(lambda p: watch.training(run.method, p), stopper)
         watch.end(run.method)
-        if finished and flags.eval_episodes and not stopper():
-            run, label = trainer.config, f"evaluating {run.method}"
-            # A run that was finished before has often been evaluated too.
-            result = finished_evaluation(run, folder, episodes=flags.eval_episodes) or evaluate_run(
-                run, folder, episodes=flags.eval_episodes, record=flags.replay_episodes,
-                report=lambda done, total: watch.show(label, done, total, "episodes"), should_stop=stopper,
-                write_replay=write_replay,
+        if finished:
+            run = trainer.config
+            title = f"{run.method}, seed {run.seed}, {run.steps:,} steps"
+            evaluate_trained(
+                run.method, run, folder, watch, stopper, title, episodes=flags.eval_episodes,
+                record=flags.replay_episodes,
             )  # fmt: skip
-            watch.end(label)
-            if result is not None:
-                results_table({run.method: result}, f"{run.method}, seed {run.seed}, {run.steps:,} steps")
     if stopper():
         console.print(f"stopped at step {trainer.step:,}; go on with: echelon train --resume {folder}")
         return 128 + stopper.signal

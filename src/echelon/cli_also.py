@@ -97,10 +97,8 @@ def _values(args: list[str], flag: str) -> list[str]:
 def train_also(args: list[str]) -> int:
     """`echelon train --method also --base qmix --env search …`."""
     from echelon.also import AlsoTrainer
-    from echelon.console import Stopper, Watch, console, results_table
-    from echelon.evaluation.comparison import evaluate_run, finished_evaluation
+    from echelon.console import Stopper, Watch, console, evaluate_trained
     from echelon.reports.account import write_account
-    from echelon.reports.replay import write_replay
     from echelon.runs import read_run
 
     given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
@@ -135,18 +133,13 @@ def train_also(args: list[str]) -> int:
         finished = trainer.run(told, stopper)
         watch.end(label)
         page = write_account(folder)
-        if finished and flags.eval_episodes and not stopper():
+        if finished:
             main = folder / "main"
-            base = read_run(main)
-            words = f"evaluating {run.method}"
-            result = finished_evaluation(base, main, episodes=flags.eval_episodes) or evaluate_run(
-                base, main, episodes=flags.eval_episodes, record=flags.replay_episodes,
-                report=lambda done, total: watch.show(words, done, total, "episodes"), should_stop=stopper,
-                write_replay=write_replay,
+            title = f"{label}, seed {run.seed}, {run.steps:,} steps with branches"
+            evaluate_trained(
+                run.method, read_run(main), main, watch, stopper, title, episodes=flags.eval_episodes,
+                record=flags.replay_episodes,
             )  # fmt: skip
-            watch.end(words)
-            if result is not None:
-                results_table({run.method: result}, f"{label}, seed {run.seed}, {run.steps:,} steps with branches")
     if stopper():
         console.print(f"stopped; go on with: echelon train --resume {folder}")
         return 128 + stopper.signal

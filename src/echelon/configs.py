@@ -26,7 +26,17 @@ from echelon.planners.distilled import DistilConfig
 from echelon.shaping import ShapingSettings
 from echelon.subgoals import PAST, SubgoalConfig
 
-__all__ = ["PlanningConfig", "RunConfig", "from_toml", "read_toml", "read_toml_file", "to_toml", "toml_line", "typed"]
+__all__ = [
+    "PlanningConfig",
+    "RunConfig",
+    "from_toml",
+    "read_toml",
+    "read_toml_file",
+    "to_toml",
+    "toml_document",
+    "toml_line",
+    "typed",
+]
 
 
 @dataclass(frozen=True)
@@ -314,7 +324,12 @@ LEARNERS: dict[str, type[LearnerConfig]] = {"hiper": HiPERConfig, "himac": HiMAC
 
 def to_toml(config: RunConfig, *, without: Collection[str] = ()) -> str:
     """The config as TOML that `from_toml` reads back, `without` some tables; settings that are None are left out."""
-    lines = [f'environment = "{env_name(config.env)}"']
+    return toml_document(config, env_name(config.env), without=without)
+
+
+def toml_document(config: Any, environment: str, *, without: Collection[str] = ()) -> str:
+    """A dataclass of settings and tables of settings (dataclasses) as TOML, with the name of its environment."""
+    lines = [f'environment = "{environment}"']
     tables: list[str] = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from echelon.configs import RunConfig
 from echelon.llm.server import hurry
 from echelon.training import Progress as TrainingProgress
 
-__all__ = ["Stopper", "Watch", "console", "results_rows", "results_table"]
+__all__ = ["Stopper", "Watch", "console", "evaluate_trained", "results_rows", "results_table"]
 
 console = Console(stderr=True, highlight=False, markup=False)
 _PLAIN_EVERY = 60.0
@@ -120,6 +122,35 @@ class Watch:
             # A narrow terminal has room for how the time splits between the levels, not between all stages.
             where = f"plan {progress.shares.get('plan', 0.0):.0%}"
         self.show(what, progress.step, progress.steps, f"{progress.rate:,.0f} steps/s {success} [{where}]")
+
+
+def evaluate_trained(
+    name: str, run: RunConfig, folder: Path, watch: Watch, stopper: Stopper, title: str, *, episodes: int, record: int
+) -> None:
+    """Evaluate a run that was trained, record a replay, and show a table; nothing if it is stopped or wants none.
+
+    Args:
+        name: what was trained, in the table.
+        run, folder: the same as a config, and its folder.
+        watch, stopper: of the command.
+        title: of the table.
+        episodes: how many; 0: no evaluation.
+        record: how many of them to record.
+    """
+    from echelon.evaluation.comparison import evaluate_run, finished_evaluation
+    from echelon.reports.replay import write_replay
+
+    if not episodes or stopper():
+        return
+    label = f"evaluating {name}"
+    # A run that was finished before has often been evaluated too.
+    result = finished_evaluation(run, folder, episodes=episodes) or evaluate_run(
+        run, folder, episodes=episodes, record=record, should_stop=stopper, write_replay=write_replay,
+        report=lambda done, total: watch.show(label, done, total, "episodes"),
+    )  # fmt: skip
+    watch.end(label)
+    if result is not None:
+        results_table({name: result}, title)
 
 
 def results_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from echelon.algorithms.teams import TeamConfig, team_algorithms
-from echelon.configs import read_toml_file, toml_line, typed
+from echelon.configs import read_toml_file, toml_document, typed
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm._trainable import Adapt
 from echelon.llm.teams import Share
@@ -119,15 +118,7 @@ class TeamRunConfig:
 
 def team_to_toml(config: TeamRunConfig) -> str:
     """The config as TOML that `team_from_toml` reads back; settings that are None are left out."""
-    lines, tables = [f'environment = "{task_name(config.env)}"'], []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{f.name}]")
-            tables.extend(toml_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))
-        else:
-            lines.append(toml_line(f.name, value))
-    return "\n".join(line for line in [*lines, *tables] if line) + "\n"
+    return toml_document(config, task_name(config.env))
 
 
 def read_team_toml(path: Path) -> TeamRunConfig:

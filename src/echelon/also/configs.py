@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from echelon.algorithms import AlgorithmConfig, config_of
-from echelon.configs import RunConfig, read_toml_file, toml_line, typed
+from echelon.configs import RunConfig, read_toml_file, toml_document, typed
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm.gguf import GGUFConfig
@@ -214,15 +214,7 @@ _TABLES: dict[str, type[Any]] = {
 
 def also_to_toml(config: AlsoConfig) -> str:
     """The config as TOML that `also_from_toml` reads back; settings that are None are left out."""
-    lines, tables = [f'environment = "{env_name(config.env)}"'], []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{f.name}]")
-            tables.extend(toml_line(g.name, getattr(value, g.name)) for g in dataclasses.fields(value))
-        else:
-            lines.append(toml_line(f.name, value))
-    return "\n".join(line for line in [*lines, *tables] if line) + "\n"
+    return toml_document(config, env_name(config.env))
 
 
 def read_also_toml(path: Path) -> AlsoConfig:
