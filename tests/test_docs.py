@@ -258,7 +258,7 @@ def test_own_shaping_is_tried_in_branches() -> None:
     run_example("own_shaping.py", "train", "--method", "also", "--imports", str(path), *world, *few.split())
     account = json_of(Path("run/account.json"))
     branches = account["stages"][0]["branches"]
-    assert branches[0]["name"] == "no change" and len(branches) == 4
+    assert branches[0]["name"] == "no change" and len(branches) == 1 + AlsoSettings().candidates
     assert all(b["problem"] is None and b["curve"] for b in branches)
     assert {"held", "approach", "spread"} >= {term for b in branches[1:] for term in b["config"]["weights"]}
     assert json_of(Path("run/main/evaluation.json"))["episodes"] == 2
