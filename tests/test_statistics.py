@@ -446,6 +446,12 @@ def test_functions_that_cannot_answer_raise() -> None:
         pairwise([[1.0, 2.0], [1.0]], equal_variances=True)
 
 
+def test_equal_means_whose_rounding_differs_are_equal() -> None:
+    """The sum of squares between such groups may come out below 0."""
+    same = [0.0, 0.0, 0.0, 0.0, 0.1], [0.0, 0.0, 0.1, 0.0, 0.0]
+    assert anova(same) == (0.0, (1.0, 8.0), 1.0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), min_size=2, max_size=5), min_size=2, max_size=3)

@@ -114,6 +114,8 @@ def anova(groups: Groups) -> tuple[float, tuple[float, float], float]:
         raise ValueError("ANOVA needs two groups and spread inside them")
     result = stats.f_oneway(*arrays)
     df = (float(len(arrays) - 1), float(sum(map(len, arrays)) - len(arrays)))
+    if result.statistic < 0:  # equal means, but for rounding: F is 0, and nothing could be less telling
+        return 0.0, df, 1.0
     return float(result.statistic), df, float(result.pvalue)
 
 
