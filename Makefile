@@ -41,8 +41,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two at a time, each with whole files: what a file's tests share is built once.
 test: lint browser model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup model
 	$(BIN)/python benchmarks/bench_envs.py

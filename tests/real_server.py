@@ -72,7 +72,7 @@ def real_server(port: int = 0) -> Iterator[RealServer]:
     try:
         address = process.stdout.readline().strip()
         assert address, f"the server ended with status {process.wait()}"
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 240
         # Not through a proxy that the environment may name.
         with httpx.Client(trust_env=False) as client:
             while True:

@@ -24,11 +24,22 @@ import torch
 import echelon
 import echelon.envs
 from echelon import _files
-from echelon.also import ALSO_METHODS, AlsoConfig, AlsoProgress, AlsoTrainer, also_from_toml, also_to_toml, training
+from echelon.also import (
+    ALSO_METHODS,
+    AlsoConfig,
+    AlsoProgress,
+    AlsoTrainer,
+    also_from_toml,
+    also_to_toml,
+    judging,
+    segments,
+    training,
+)
 from echelon.checkpoints import checkpoints_of
 from echelon.cli import main
 from echelon.envs import Warehouse, WarehouseConfig
 from echelon.errors import BusyError, EchelonError, StorageError
+from echelon.evaluation import protocol
 from echelon.evaluation.episodes import evaluate
 from echelon.reports.account import write_account
 from echelon.runs import read_run
@@ -41,11 +52,12 @@ from echelon.shaping import (
     Summary,
     Verdict,
     gate,
+    score_lead,
     summarise,
     term_set,
 )
 from echelon.shaping.proposers import RecordedProposer
-from echelon.studies import work
+from echelon.studies import kinds, work
 from echelon.training import Trainer, load_policy
 from misbehaving_server import MisbehavingServer
 from studies_tools import Here
@@ -84,7 +96,7 @@ def grow(
     else:
         trainer = AlsoTrainer(config, folder, proposer=proposer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "PoolBackend", lambda slots, log: backend or Here())
+        patch.setattr(segments, "PoolBackend", lambda slots, log: backend or Here())
         assert trainer.run(report, should_stop) == finished
     return trainer
 
@@ -185,7 +197,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in which the first proposal of each checkpoint is promoted."""
     folder = tmp_path_factory.mktemp("also") / "asked"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "gate", first_wins)
+        patch.setattr(judging, "gate", first_wins)
         grow(tiny(), folder, proposer=Asked())
     return folder
 
@@ -204,7 +216,7 @@ def test_the_account_of_a_run(whole: Path) -> None:
     """Its parts are there and agree with each other."""
     a = read(whole)
     assert set(a) == {"format", "method", "base", "environment", "seed", "steps", "proposer", "best_return",
-                      "vocabulary", "stages", "mainline", "segments", "final"}  # fmt: skip
+                      "vocabulary", "stages", "skipped", "mainline", "segments", "final"}  # fmt: skip
     assert (a["format"], a["method"], a["base"], a["environment"]) == (1, "also", "flat-mappo", "warehouse")
     assert (a["proposer"], a["best_return"], a["steps"]) == ("heuristic", 4.0, 40 * UPDATE)
     assert "approach" in a["vocabulary"]
@@ -312,8 +324,8 @@ def _others(runs: Path) -> Iterator[str]:
 
 def test_a_promoted_branch_is_where_the_mainline_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next segment forks from the winner's last checkpoint; the losers' are gone; its shaping is the run's."""
-    monkeypatch.setattr(training, "gate", first_wins)
-    real, ends, left = training.fork_run, {}, {}
+    monkeypatch.setattr(judging, "gate", first_wins)
+    real, ends, left = segments.fork_run, {}, {}
 
     def noted(source: Path, folder: Path, *more: Any, **others: Any) -> None:
         newest = checkpoints_of(source / "checkpoints")
@@ -323,7 +335,7 @@ def test_a_promoted_branch_is_where_the_mainline_goes_on(tmp_path: Path, monkeyp
             left[folder.name] = sorted(p.name for p in runs.iterdir() if checkpoints_of(p / "checkpoints"))
         real(source, folder, *more, **others)
 
-    monkeypatch.setattr(training, "fork_run", noted)
+    monkeypatch.setattr(segments, "fork_run", noted)
     proposer, folder = Asked(), tmp_path / "run"
     grow(tiny(), folder, proposer=proposer)
     a = read(folder)
@@ -349,7 +361,7 @@ def test_a_promoted_branch_is_where_the_mainline_goes_on(tmp_path: Path, monkeyp
 def test_first_proposals_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are trained from scratch for as long as the control has been; all that counts, and the winner's are the
     run's metrics. Later ones are forks."""
-    monkeypatch.setattr(training, "gate", first_wins)
+    monkeypatch.setattr(judging, "gate", first_wins)
     folder = tmp_path / "run"
     a = grow(tiny(also={"fresh": True}), folder, proposer=Asked()).account
     one, two = a["stages"]
@@ -380,7 +392,7 @@ def test_first_proposals_from_the_beginning(tmp_path: Path, monkeypatch: pytest.
 
 def test_branches_that_do_not_fit_the_budget_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the beginning they cost more the later it is: then they go on from the checkpoint, if that fits."""
-    monkeypatch.setattr(training, "gate", lambda *some, **others: Verdict(False, None, ("no",)))
+    monkeypatch.setattr(judging, "gate", lambda *some, **others: Verdict(False, None, ("no",)))
     config, told = tiny(also={"fresh": True, "checkpoints": [0.1, 0.6, 0.95]}), list[str]()
     a = grow(config, tmp_path / "run", proposer=Poison(), report=lambda p: told.extend(p.news)).account
     assert [stage["name"] for stage in a["stages"]] == ["C0", "C1"]
@@ -388,6 +400,29 @@ def test_branches_that_do_not_fit_the_budget_are_left_out(tmp_path: Path, monkey
     assert tried == [[True, False, False], [True, True, True]]
     assert "C2: not enough steps are left for its branches" in told
     assert a["final"]["spent"] == spent(a) == config.steps
+
+
+def test_branches_that_could_come_to_nothing_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Summary, dict[str, bool]]] = []
+
+    def noted(newest: Summary, **strict: bool) -> bool:
+        seen.append((newest, strict))
+        return len(seen) == 2
+
+    monkeypatch.setattr(judging, "hopeless", noted)
+    config, told = tiny(also={"checkpoints": [0.1, 0.5, 0.6], "soft": True}), list[str]()
+    a = grow(config, tmp_path / "run", report=lambda p: told.extend(p.news)).account
+    why = "the mainline is so good that the gate would refuse a perfect branch, too"
+    assert [stage["name"] for stage in a["stages"]] == ["C0", "C2"] and f"C1: {why}" in told
+    (skipped,) = a["skipped"]
+    assert skipped | {"at": 0, "spent": 0} == {"name": "C1", "at": 0, "spent": 0, "why": why}
+    assert a["stages"][0]["spent"] < skipped["spent"] < a["stages"][1]["spent"] and a["final"]["spent"] == spent(a)
+    for (newest, strict), spent_then in zip(seen, [s["spent"] for s in (a["stages"][0], skipped)], strict=False):
+        line = [p["task_return"] for p in a["mainline"] if p["spent"] <= spent_then]
+        returns = line[-config.also.evaluations :]
+        assert newest == summarise(returns, best_return=a["best_return"], rising=True)
+        assert strict == {"low_return": True, "soft": True, "first_replacement": False}
+    assert "C1</b> at" in write_account(tmp_path / "run").read_text()
 
 
 # -- stops and deaths --------------------------------------------------------------------------
@@ -401,7 +436,7 @@ def test_a_run_that_dies_after_each_decision_is_the_run_that_did_not(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proposer that would say something else is never asked again, also if a run dies while it catches up."""
-    monkeypatch.setattr(training, "gate", first_wins)
+    monkeypatch.setattr(judging, "gate", first_wins)
     real, folder, deaths = training.atomic_write_json, tmp_path / "run", 0
     proposer = Asked()
     for fatal in itertools.count(1):
@@ -455,7 +490,7 @@ def test_a_run_that_is_stopped_again_and_again_comes_out_the_same(whole: Path, t
     while not (folder / "account.json").exists() or read(folder)["final"] is None:
         backend = Halting(300 + 61 * stops)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "PoolBackend", lambda slots, log: backend)  # noqa: B023
+            patch.setattr(segments, "PoolBackend", lambda slots, log: backend)  # noqa: B023
             trainer = AlsoTrainer.resume(folder) if folder.exists() else AlsoTrainer(tiny(), folder)
             done = trainer.run(should_stop=lambda: backend.stopped)  # noqa: B023
         assert done == (not backend.stopped)
@@ -467,8 +502,8 @@ def test_a_run_that_is_stopped_again_and_again_comes_out_the_same(whole: Path, t
 def test_one_trainer_that_goes_on_asks_nothing_twice(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "gate", first_wins)
-    monkeypatch.setattr(training, "PoolBackend", lambda slots, log: Here())
+    monkeypatch.setattr(judging, "gate", first_wins)
+    monkeypatch.setattr(segments, "PoolBackend", lambda slots, log: Here())
     proposer, stop = Asked(), [False]
     trainer = AlsoTrainer(tiny(), tmp_path / "run", proposer=proposer)
 
@@ -571,17 +606,18 @@ def test_the_task_reward_alone(sparse: Path) -> None:
     write_account(sparse)
 
 
-@pytest.mark.parametrize("base", ["qmix"])
-def test_another_learner_in_another_world(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("base", "world"), [("qmix", "search"), ("vdn", "repair")])
+def test_another_learner_in_another_world(base: str, world: str, tmp_path: Path) -> None:
     """With a replay memory, which each branch takes along."""
+    things = {"search": {"num_targets": 2}, "repair": {"num_machines": 2, "num_tools": 1}}[world]
     data = {
-        "base": base, "environment": "search", "steps": 24 * UPDATE, "num_envs": 16, "workers": 1,
-        "env": {"size": 6, "num_agents": 2, "num_targets": 2, "limit": 16, "layout": "open"},
+        "base": base, "environment": world, "steps": 24 * UPDATE, "num_envs": 16, "workers": 1,
+        "env": {"size": 6, "num_agents": 2, "limit": 16, "layout": "open", **things},
         "also": {"checkpoints": [0.2], "branch": 0.1, "candidates": 1, "evaluations": 2, "episodes": 4, "behaviour": 2},
         "algorithm": {"hidden": 16, "precision": "float32"},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "gate", first_wins)
+        patch.setattr(judging, "gate", first_wins)
         a = grow(also_from_toml(data), tmp_path / "run").account
     assert a["stages"][0]["verdict"]["accepted"] and a["final"]["spent"] == spent(a)
     assert a["final"]["config"] is not None
@@ -592,14 +628,14 @@ def test_another_learner_in_another_world(base: str, tmp_path: Path) -> None:
 
 def jam(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """Let all segments fail in whose names one of these is."""
-    real = work.run_by_protocol
+    real = kinds.run_by_protocol
 
     def fail(run: Any, folder: Path, *more: Any, **others: Any) -> Any:
         if any(word in folder.name for word in words):
             raise ValueError("the conveyor is jammed")
         return real(run, folder, *more, **others)
 
-    monkeypatch.setattr(work, "run_by_protocol", fail)
+    monkeypatch.setattr(kinds, "run_by_protocol", fail)
 
 
 def test_shapings_under_which_training_diverges_are_rejected(whole: Path, tmp_path: Path) -> None:
@@ -619,7 +655,7 @@ def test_shapings_under_which_training_diverges_are_rejected(whole: Path, tmp_pa
 
 
 def test_a_branch_that_fails_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "gate", first_wins)
+    monkeypatch.setattr(judging, "gate", first_wins)
     jam(monkeypatch, "C0-1-a-0")
     a = grow(tiny(also={"checkpoints": [0.1]}, steps=24 * UPDATE), tmp_path / "run", proposer=Asked("a", "b")).account
     told = {b["name"]: b["problem"] for b in a["stages"][0]["branches"]}
@@ -671,7 +707,7 @@ def test_a_proposer_without_ideas_costs_only_controls(tmp_path: Path, monkeypatc
 
 def test_names_of_candidates_cannot_be_those_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of one name, the reference's, a path's: all are tried, each under a name of its own."""
-    monkeypatch.setattr(training, "gate", first_wins)
+    monkeypatch.setattr(judging, "gate", first_wins)
     config = tiny(also={"checkpoints": [0.1], "candidates": 4, "branch": 0.05}, steps=32 * UPDATE)
     a = grow(config, tmp_path / "run", proposer=Asked("reference", "a", "a", "../../b")).account
     (stage,) = a["stages"]
@@ -704,14 +740,45 @@ def test_poison_that_is_rejected_costs_only_steps(sparse: Path, tmp_path: Path) 
 
 
 def test_seeds_rounds_and_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are in the account, and the run's own record gives the same account without its proposer."""
-    monkeypatch.setattr(training, "gate", first_wins)
+    """All are in the account and before the gate, and its record gives the same account without the proposer."""
+    seen: list[tuple[Summary, Mapping[str, Summary], Summary | None, dict[str, Any]]] = []
+
+    def noted(control: Summary, candidates: Mapping[str, Summary], reference: Any = None, **others: Any) -> Verdict:
+        seen.append((control, candidates, reference, others))
+        return first_wins(control, candidates)
+
+    monkeypatch.setattr(judging, "gate", noted)
     also = {"checkpoints": [0.05, 0.35, 0.65], "branch": 0.025, "evaluations": 1, "episodes": 2, "behaviour": 2,
             "candidates": 1, "seeds": 2, "rounds": 2, "reference": True}  # fmt: skip
     config = tiny(also=also, steps=64 * UPDATE)
     proposer = Asked()
     a = grow(config, tmp_path / "run", proposer=proposer).account
     assert [stage["name"] for stage in a["stages"]] == ["C0", "C1", "C2"]
+    # Each round's proposal by itself, for the proposer's eyes; then all of them.
+    assert len(seen) == 9
+    for k, stage in enumerate(a["stages"]):
+        ours, theirs, reference, others = seen[3 * k + 2]
+        curves = {
+            name: [
+                [p["task_return"] for p in b["curve"] if p["step"] > stage["at"]]
+                for b in stage["branches"]
+                if b["name"] == name
+            ]
+            for name in stage["summaries"]
+        }  # fmt: skip
+        summaries = {name: summarise(c, best_return=a["best_return"], rising=True) for name, c in curves.items()}
+        for name, summary in {"no change": ours, **theirs, **({"reference": reference} if k == 2 else {})}.items():
+            assert dataclasses.replace(summary, config=None) == summaries[name]
+        leads = {
+            n: score_lead(curves["no change"], curves[n], best_return=a["best_return"], rising=True) for n in theirs
+        }
+        assert stage["lead"] == {name: list(lead) for name, lead in leads.items()}
+        assert others == {"lead": {name: low for name, (_, low, _) in leads.items()}, "low_return": True, "soft": False,
+                          "first_replacement": k == 1}  # fmt: skip
+        assert (reference is not None) == (k == 2)
+        for (control, alone, ref, more), name in zip(seen[3 * k : 3 * k + 2], theirs, strict=True):
+            assert (control.last_k, list(alone), ref) == (ours.last_k, [name], reference)
+            assert more["lead"][name] == leads[name][1]
     for k, stage in enumerate(a["stages"]):
         assert len(stage["rounds"]) == 2 and stage["verdict"]["accepted"]
         (one,), (two,) = ([c["id"] for c in r["proposed"]["candidates"]] for r in stage["rounds"])
@@ -742,8 +809,87 @@ def test_seeds_rounds_and_a_reference(tmp_path: Path, monkeypatch: pytest.Monkey
     assert lines(tmp_path / "again") == lines(tmp_path / "run")
 
 
+def test_the_gate_is_as_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    told: list[bool] = []
+
+    def noted(*some: Any, **others: Any) -> Verdict:
+        asked.append(others)
+        return Verdict(False, None, ("no",))
+
+    real = judging.summarise
+    monkeypatch.setattr(judging, "gate", noted)
+    monkeypatch.setattr(judging, "summarise", lambda *some, **more: told.append(more["rising"]) or real(*some, **more))
+    also = {"checkpoints": [0.1], "soft": True, "low_return": False, "rising": False, "candidates": 1, "evaluations": 2}
+    grow(tiny(also=also, steps=24 * UPDATE), tmp_path / "run", proposer=Asked())
+    assert told and not any(told)
+    assert [(x["soft"], x["low_return"], x["lead"]) for x in asked] == [(True, False, None)] * 2
+
+
+def test_all_branches_are_judged_in_the_same_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that begin from scratch, which need another seed to be another branch."""
+    real, judged = protocol.evaluate, []
+
+    def noted(run: Any, *some: Any, **more: Any) -> Any:
+        judged.append((run.seed, more["seed"]))
+        return real(run, *some, **more)
+
+    monkeypatch.setattr(protocol, "evaluate", noted)
+    also = {"checkpoints": [0.1], "fresh": True, "seeds": 2, "candidates": 1, "evaluations": 1, "episodes": 2}
+    grow(tiny(also=also, steps=24 * UPDATE, seed=5), tmp_path / "run", proposer=Asked())
+    assert len({own for own, _ in judged}) == 2 and {worlds for _, worlds in judged} == {5}
+
+
+def test_no_more_is_tried_than_the_budget_was_reckoned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    also = {"checkpoints": [0.7], "candidates": 1, "evaluations": 1, "episodes": 2}
+    config = tiny(also=also, steps=24 * UPDATE)
+    a = grow(config, tmp_path / "run", proposer=Asked("a", "b", "c")).account
+    (stage,) = a["stages"]
+    assert [b["name"] for b in stage["branches"]] == ["no change", "a"]
+    assert stage["rounds"][0]["proposed"]["note"]["left_out"] == ["b: only 1 are tried", "c: only 1 are tried"]
+    assert a["steps"] <= a["final"]["spent"] <= a["steps"] + UPDATE
+
+
+def test_a_record_that_is_resumed_gives_the_same_account(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(whole.parent)  # a path that is told from here means the same from anywhere
+    config = tiny(proposer=f"recorded:{whole.name}")
+    grow(config, tmp_path / "one")
+
+    def halfway(p: AlsoProgress) -> None:
+        stop[0] = stop[0] or "C1" in p.stage
+
+    stop = [False]
+    grow(config, tmp_path / "two", report=halfway, should_stop=lambda: stop[0], finished=False)
+    monkeypatch.chdir(tmp_path)
+    grow(config, tmp_path / "two")
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_that_is_stopped_among_branches_leaves_the_control(tmp_path: Path) -> None:
+    """Until there is a verdict, it is what the mainline has become: in `main/`, with its metrics."""
+    folder, stop = tmp_path / "run", [False]
+    config = tiny(also={"checkpoints": [0.1]}, steps=24 * UPDATE)
+
+    def told(p: AlsoProgress) -> None:
+        control = folder / "work/runs/C0-no-change-0/result.json"
+        stop[0] = stop[0] or (p.stage.startswith("C0, round 1") and control.exists())
+
+    trainer = grow(config, folder, report=told, should_stop=lambda: stop[0], finished=False)
+    a, (left,) = trainer.account, checkpoints_of(folder / "main/checkpoints")[-1:]
+    begun = a["segments"][-1]["to"]
+    end = begun + -(-trainer.branch // UPDATE) * UPDATE
+    assert int(left.name.removeprefix("step-")) == end
+    assert [json.loads(line)["step"] for line in lines(folder)] == list(range(UPDATE, end + 1, UPDATE))
+    write_account(folder)
+    grow(config, folder)
+    grow(config, tmp_path / "whole")
+    same(folder, tmp_path / "whole")
+
+
 def test_a_reference_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "gate", first_wins)
+    monkeypatch.setattr(judging, "gate", first_wins)
     jam(monkeypatch, "C2-reference")
     also = {"checkpoints": [0.05, 0.3, 0.55, 0.8], "branch": 0.025, "evaluations": 1, "episodes": 2, "behaviour": 2,
             "candidates": 1, "reference": True}  # fmt: skip
@@ -839,7 +985,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with segments trained in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(training, "PoolBackend", lambda slots, log: Here())
+    monkeypatch.setattr(segments, "PoolBackend", lambda slots, log: Here())
     return tmp_path
 
 
@@ -864,6 +1010,45 @@ def test_the_command_trains_evaluates_and_goes_on(place: Path, capsys: pytest.Ca
     assert read(Path("two"))["seed"] == 3
 
 
+def test_flags_go_over_a_file_before_anything_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = flags(**{"shaping.mode": TERMS.default, "method": "fixed-pbrs", "eval-episodes": "0"})
+    assert main(["train", *given, "--out", "fixed"]) == 0
+    again = ["train", "--config", "fixed/config.toml", "--method", "sparse", "--eval-episodes", "0", "--out", "sparse"]
+    assert main(again) == 2
+    assert "shaping.mode is for fixed-pbrs" in capsys.readouterr().err
+    assert main([*again, "--shaping.mode", "off"]) == 0
+    assert read(Path("sparse"))["method"] == "sparse"
+
+
+def test_a_file_that_registers_is_imported_however_it_is_given(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(echelon.envs, "_REGISTRY", dict(echelon.envs._REGISTRY))
+    Path("own.py").write_text(
+        "from echelon.envs import Warehouse, WarehouseConfig, register\n"
+        "class Own(Warehouse):\n    name = 'own'\n"
+        "register(WarehouseConfig, Own)\n"
+    )
+    assert main(["train", "--method", "also", "--imports=own.py", "--env", "own"]) == 2
+    assert "unknown environment" not in capsys.readouterr().err  # it is known; terms it has none
+    Path("ends.py").write_text("import sys\nsys.exit(3)\n")
+    assert main(["train", "--method", "also", "--imports", "ends.py"]) == 2
+    assert "imports: ends.py fails: SystemExit: 3" in capsys.readouterr().err
+    Path("odd.toml").write_text("method = ['also']\n")
+    assert main(["train", "--config", "odd.toml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "method" in said
+
+
+def test_the_command_asks_a_model_behind_a_server(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MisbehavingServer(good) as server:
+        given = {"proposer": "openai:test", "server.url": server.url, "also.checkpoints": "0.1", "eval-episodes": "0"}
+        assert main(["train", *flags(**given), "--out", "run"]) == 0
+        assert "openai:test proposes" in capsys.readouterr().err
+    (stage,) = read(Path("run"))["stages"]
+    assert stage["card"] == CARD.model_dump()
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -878,8 +1063,12 @@ def test_the_command_trains_evaluates_and_goes_on(place: Path, capsys: pytest.Ca
         (["--method", "also", "--also.checkpoints", "0.5", "0.1"], r"also\.checkpoints .* in rising order"),
         (["--method", "also", "--shaping.mode", "x"], r"shaping\.mode is for fixed-pbrs"),
         (["--method", "fixed-pbrs", "--shaping.mode", "balanced_delivry"], r"'balanced_delivry'.*balanced_delivery"),
-        (["--method", "also", "--proposer", "recorded:nowhere"], r"account nowhere: No such file"),
-        (["--method", "also", "--proposer", "heuristics"], r"heuristics"),
+        (["--method", "also", "--proposer", "recorded:nowhere"], r"account .*nowhere: No such file"),
+        (["--method", "also", "--proposer", "heuristics"], r"unknown proposer 'heuristics': did you mean 'heuristic'"),
+        (["--method", "also", "--proposer", "gguf:nowhere.gguf"], r"'gguf:nowhere\.gguf': no file nowhere\.gguf"),
+        (["--method", "also", "--proposer", "hf:nowhere"], r"'hf:nowhere': no folder nowhere"),
+        (["--method", "also", "--proposer", "openai:x", "--server.url", "http://127.0.0.1:9/v1", "--server.attempts",
+          "1"], r"127\.0\.0\.1:9: can't be reached"),
         (["--method", "also", "--workers", "0"], r"workers is 0: it must be at least 1"),
         (["--method", "also", "--eval-episodes", "-1"], r"--eval-episodes is -1: it must be at least 0"),
         (["--method", "also", "--env.size", "2"], r"size"),
@@ -913,7 +1102,12 @@ def test_a_resume_takes_no_settings(whole: Path, place: Path, capsys: pytest.Cap
 def test_damaged_accounts_are_one_line(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    for text in ("{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "stages": [1]}'):
+    for text in (
+        "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "stages": [1]}',
+        '{"format": 1, "stages": [{"name": "C0", "card": {"x": 1}, "card_note": {}, "evidence": {}, "rounds": []}]}',
+        '{"format": 1, "stages": [{"name": "C0", "rounds": [{"proposed": {}, "review": null, "review_note": {}}]}]}',
+        '{"format": 1, "stages": [{"name": "C0", "rounds": [{"review_note": {}}]}]}',
+    ):  # fmt: skip
         (folder / "account.json").write_text(text)
         with pytest.raises(EchelonError, match=r"account"):
             AlsoTrainer.resume(folder)
@@ -930,11 +1124,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     log = tmp_path / "run/work/runs/main-0/metrics.jsonl"
-    end = time.monotonic() + 90
+    end = time.monotonic() + 240
     while not (log.exists() and log.stat().st_size) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     assert "Traceback" not in err and "stopped; go on with: echelon train --resume run" in out + err
     done = checkpoints_of(log.parent / "checkpoints")

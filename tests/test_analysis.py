@@ -181,6 +181,25 @@ def test_a_cell_s_numbers_are_those_of_its_runs(results: Json, analysis: Json) -
     assert cell["planner_ms_per_episode"] == pytest.approx(60)
 
 
+def test_runs_that_were_judged_at_other_steps_have_a_curve(results: Json) -> None:
+    """One of them, as where steps went into branches: the others between two evaluations, as far as all of them go."""
+    results = copy.deepcopy(results)
+    runs = [r for r in results["runs"] if (r["method"], r["size"]) == ("l2m2", 50)]
+    steps = [e["step"] for e in runs[0]["evaluations"]]
+    half = (steps[1] - steps[0]) // 2
+    for e in runs[1]["evaluations"][1:-1]:
+        e["step"] += half
+    for e in runs[2]["evaluations"]:
+        e["tsr"] = e["step"] / steps[-1]
+    del runs[2]["evaluations"][-1]
+    curve = cell_of(analyse(results), "l2m2", 50)["curve"]
+    assert curve["steps"] == steps[:-1]
+    first, second, third, fourth = ([e["tsr"] for e in r["evaluations"]] for r in runs)
+    assert third[4] == pytest.approx(steps[4] / steps[-1])
+    between = (second[3] + second[4]) / 2
+    assert curve["value"][4] == pytest.approx(np.mean([first[4], between, third[4], fourth[4]]))
+
+
 def test_a_rate_s_interval_is_never_narrower_than_that_of_its_episodes() -> None:
     one = cell_of(analyse(small(seeds=(0,)), resamples=FEW), "l2m2", 20)
     assert one["tsr"] == one["tsr_pooled"]

@@ -17,6 +17,7 @@ from echelon.errors import EchelonError
 from echelon.evaluation import compare, evaluate_run
 from echelon.evaluation.comparison import finished_evaluation
 from echelon.reports.replay import write_replay
+from echelon.runs import run_costs
 from echelon.training import Trainer
 from tiny_model import make_tiny_model
 
@@ -70,6 +71,27 @@ def test_methods_are_compared_from_python(tmp_path: Path) -> None:
         }  # fmt: skip
         assert "threads" not in of["config"].split("[")[0]
         assert from_toml(tomllib.loads(of["config"])) == dataclasses.replace(run, threads=None)
+
+
+def test_success_is_counted_over_as_many_episodes_as_there_are_worlds(tmp_path: Path) -> None:
+    """Worlds that begin together end apart, those that succeed first: the first 50 of 100 say nothing yet."""
+    folder = tmp_path / "run"
+    Trainer(dataclasses.replace(RUN, num_envs=100, steps=800), folder).run()
+
+    def costs(*ended: tuple[int, float]) -> dict[str, float | None]:
+        lines = [
+            {"step": 800 * (k + 1), "episodes": n, "own_episodes": n, "own_tsr": tsr}
+            for k, (n, tsr) in enumerate(ended)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run_costs(folder)
+
+    assert costs((60, 1.0), (40, 0.0), (60, 1.0), (40, 0.0))["steps_to_tsr_90"] is None
+    assert costs((60, 1.0), (40, 0.0), (95, 1.0), (5, 0.0))["steps_to_tsr_90"] == 3200
+    assert costs((60, 1.0), (40, 0.8))["steps_to_tsr_90"] == 1600
+    # A language model's part of the worlds counts for itself, and 50 at least.
+    few = dataclasses.replace(RUN, method="l2m2", model="hf:somewhere", num_envs=400, llm_share=1 / 64)
+    assert (few.own_worlds, RUN.own_worlds, FLAT.own_worlds) == (6, 8, 8)
 
 
 def test_nothing_is_done_twice(tmp_path: Path) -> None:

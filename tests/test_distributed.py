@@ -264,7 +264,7 @@ def two(case: str, folder: Path, asked: int) -> list[str]:
         for r in "01"
     ]
     try:
-        return ranks[asked].communicate(timeout=60)[0].splitlines()
+        return ranks[asked].communicate(timeout=240)[0].splitlines()
     finally:
         for process in ranks:
             process.kill()

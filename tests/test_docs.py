@@ -93,7 +93,7 @@ RUN_COMMANDS = {
     "bench": cli._BenchFlags,
 }
 # The files that pages show as TOML.
-TOML = {"quickstart.md": "search.toml", "studies.md": "aisles.toml"}
+TOML = {"quickstart.md": "search.toml", "studies.md": "aisles.toml", "shaping.md": "shaped.toml"}
 # What these pages tell of other programs, and of an algorithm of one's own.
 FOREIGN_FLAGS = {"--no-deps", "--logdir", "--algorithm.fade", "--nproc-per-node", "--algorithm.quantile"}
 FOREIGN_FLAGS |= {"--env.largest"}
@@ -403,7 +403,15 @@ def test_shown_toml_says_what_it_should() -> None:
     runs = study.runs()
     assert study.name == "aisles" and len(runs) == 3 * 2 * 3
     assert {run.config.env.num_packages for run in runs if isinstance(run.config.env, WarehouseConfig)} == {10}
-    assert {(run.method, run.config.num_envs) for run in runs} >= {("flat-mappo", 512), ("rule-goals", 256)}
+    configs = [run.config for run in runs]
+    assert {(c.method, c.num_envs) for c in configs if isinstance(c, RunConfig)} >= {
+        ("flat-mappo", 512),
+        ("rule-goals", 256),
+    }
+    shaped = [run.config for run in read_study(Path("shaped.toml")).runs()]
+    assert len(shaped) == 5 * 5
+    tried = {c.method: c.also.candidates for c in shaped if isinstance(c, AlsoConfig)}
+    assert tried == {"also": 3, "sparse": 2, "fixed-pbrs": 2, "also-one-shot": 2}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
@@ -497,7 +505,10 @@ def test_commands_of_proposed_shaping_run_in_their_order(capsys: pytest.CaptureF
     few += " --also.checkpoints 0.125 --also.branch 0.125 --also.candidates 1 --also.evaluations 1 --also.episodes 2"
     few += " --also.behaviour 3"
     ran = 0
+    write_toml(lambda text: text.replace("num_envs = 256", "num_envs = 16"))
     for args in commands(ROOT / "docs/shaping.md"):
+        if args[0] == "study":
+            args += ["--steps", "2048", "--sizes", "8", "--agents", "2", "--seeds", "0", "--methods", "also", "sparse"]
         if any(word.startswith("openai:") for word in args):
             continue
         if args[0] == "train" and "--resume" not in args:
@@ -510,7 +521,8 @@ def test_commands_of_proposed_shaping_run_in_their_order(capsys: pytest.CaptureF
             args[args.index("--episodes") + 1] = "2"
         assert cli.main(args) == 0, f"echelon {' '.join(args)}\n{capsys.readouterr().err}"
         ran += 1
-    assert ran == 6
+    assert ran == 7
+    assert ">account</a>" in Path("studies/shaped/report.html").read_text(encoding="utf-8")
     stages = json_of(Path("runs/also/account.json"))["stages"]
     assert len(stages) == 1 and stages[0]["verdict"] is not None
     assert json_of(Path("runs/sparse/account.json"))["stages"] == []

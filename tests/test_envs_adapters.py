@@ -160,7 +160,7 @@ def test_pictures(name):
 
 def run_python(script):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")}
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=240)
 
 
 def test_without_the_extra_there_is_one_clear_line():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,55 +13,11 @@ import echelon
 
 ROOT = Path(echelon.__file__).parent
 
-# From the top of the house to its ground. A module imports only from layers above it; inside one layer, a
-# package's files may use their package's `base`-like shared parts, named in SHARED.
-LAYERS = [
-    {"errors", "rng", "_files"},
-    {"envs", "tasks"},
-    {"subgoals", "_subgoal_kernels"},
-    {"llm"},
-    {"planners"},
-    {"advantages", "advantages_teams", "advantages_torch", "networks", "buffers", "mixing", "pibt"},
-    {"algorithms"},
-    {"shaping"},
-    {
-        "methods",
-        "configs",
-        "pending",
-        "rollout",
-        "executors",
-        "checkpoints",
-        "building",
-        "runs",
-        "training",
-        "growing",
-        "planner_training",
-        "rollouts",
-        "coevolution",
-        "forking",
-        "team_configs",
-        "team_rollouts",
-        "team_training",
-        "robot_tasks",
-    },
-    {"evaluation"},
-    {"studies"},
-    {"also"},
-    {"reports"},
-    {"cli", "cli_also", "cli_planner", "cli_studies", "cli_teams", "console", "fetching", "flags"},
-    {"__main__"},
-]
-SHARED = {
-    "envs": {"base", "kernels", "maps", "scenes"},
-    "tasks": {"_data", "base", "sandbox"},
-    # Parts that planners are put together from; `frugal` is the one that does it.
-    "planners": {"base", "choosing", "hungarian", "replies", "student", "symmetry", "plan_cache", "distilled"},
-    "algorithms": {"actor", "base", "decisions", "team_critics", "teams"},
-    "shaping": {"_kernels", "base", "candidates", "gate", "heuristic", "model_proposer", "potential", "situation"},
-}
+# What makes runs: one layer of modules that know each other.
 SEVENTH = {
     "methods",
     "configs",
+    "extensions",
     "pending",
     "rollout",
     "executors",
@@ -76,6 +34,34 @@ SEVENTH = {
     "team_rollouts",
     "team_training",
     "robot_tasks",
+}
+
+# From the top of the house to its ground. A module imports only from layers above it; inside one layer, a
+# package's files may use their package's `base`-like shared parts, named in SHARED.
+LAYERS = [
+    {"errors", "rng", "_files", "_lazy"},
+    {"envs", "tasks"},
+    {"subgoals", "_subgoal_kernels"},
+    {"llm"},
+    {"planners"},
+    {"advantages", "advantages_teams", "advantages_torch", "networks", "buffers", "mixing", "pibt"},
+    {"algorithms"},
+    {"shaping"},
+    SEVENTH,
+    {"evaluation"},
+    {"studies"},
+    {"also"},
+    {"reports"},
+    {"cli", "cli_also", "cli_planner", "cli_studies", "cli_teams", "console", "fetching", "flags"},
+    {"__main__"},
+]
+SHARED = {
+    "envs": {"base", "kernels", "maps", "scenes"},
+    "tasks": {"_data", "base", "sandbox"},
+    # Parts that planners are put together from; `frugal` is the one that does it.
+    "planners": {"base", "choosing", "hungarian", "replies", "student", "symmetry", "plan_cache", "distilled"},
+    "algorithms": {"actor", "base", "decisions", "team_critics", "teams"},
+    "shaping": {"_kernels", "base", "candidates", "gate", "heuristic", "model_proposer", "potential", "situation"},
 }
 ALLOWED_INSIDE_A_LAYER = SEVENTH | {"errors", "rng", "subgoals", "_subgoal_kernels", "advantages", "advantages_teams"}
 FORBIDDEN = {
@@ -131,6 +117,7 @@ def test_a_module_imports_only_from_layers_above_it(path: Path) -> None:
         other = parts[1]
         if other == own:
             continue
+        assert not any(part.startswith("_") for part in parts[2:]), f"{path} imports another package's own part: {name}"
         if layer_of(other) == layer_of(own):
             inside = {other, own} <= ALLOWED_INSIDE_A_LAYER or {other, own} <= LAYERS[-2]
             assert inside or own == other or layer_of(own) == 0, f"{path} imports sideways: {name}"
@@ -148,11 +135,18 @@ def test_the_leaves_of_a_layer_do_not_know_each_other(package: str) -> None:
                 assert parts[2] in SHARED[package], f"{path} knows its sibling {name}"
 
 
-def test_the_package_imports_lightly() -> None:
-    """`import echelon` must not load torch: the command line answers --version at once."""
-    import subprocess
-    import sys
-
-    code = "import sys, echelon; print(sorted({'torch', 'transformers', 'numba'} & set(sys.modules)))"
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    return set(out.stdout.split())
+
+
+def test_the_package_imports_lightly() -> None:
+    """`import echelon` must not load torch, nor may what answers --version."""
+    assert not loaded_after("import echelon.__main__") & {"torch", "transformers", "numba", "echelon.cli"}
+
+
+def test_the_command_line_loads_no_more_than_its_flags_need() -> None:
+    """What only some commands use would cost every start, each typo and each --help, a second or more."""
+    heavy = {"scipy.stats", "pandas", "pydantic", "transformers", "echelon.also.training", "echelon.studies.engine"}
+    assert not loaded_after("import echelon.cli") & heavy

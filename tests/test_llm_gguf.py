@@ -195,6 +195,18 @@ def test_what_llama_cpp_is_given(fake: GGUFModel) -> None:
     assert not {"response_format", "grammar"} & second.keys()
 
 
+def test_no_text_goes_on_for_ever(fake: GGUFModel) -> None:
+    """Where a schema doesn't say how long one may be: a small model repeats itself until its tokens are spent."""
+    word, short = {"type": "string", "enum": ["a"]}, {"type": "string", "maxLength": 9}
+    texts = {"type": "array", "items": {"type": "string"}, "maxItems": 3}
+    shape = {"type": "object", "properties": {"type": {"type": "string"}, "b": word, "c": short, "d": texts}}
+    fake.generate([TextPrompt("", "x", shape, 7)])
+    (body,) = fake._server.bodies
+    given = body["response_format"]["json_schema"]["schema"]["properties"]
+    assert given["type"] == texts["items"] | {"maxLength": 400} == given["d"]["items"]
+    assert (given["b"], given["c"], given["d"]["maxItems"]) == (word, short, 3)
+
+
 def piece(text: str | None) -> dict[str, Any]:
     return {"choices": [{"delta": {"content": text}}]}
 
@@ -261,7 +273,7 @@ def test_closed_while_it_is_asked(fake: GGUFModel) -> None:
     thread = threading.Thread(target=lambda: replies.extend(fake.generate([TextPrompt("", "x")] * 5)))
     thread.start()
     for _ in range(2):  # both slots
-        assert begun.acquire(timeout=60)
+        assert begun.acquire(timeout=240)
     fake.close()
     thread.join(60)
     assert [reply.text for reply in replies] == [""] * 5
@@ -430,7 +442,7 @@ def test_ctrl_c_ends_replies_under_way(file: Path) -> None:
             assert [process.stdout.readline() for _ in range(2)] == ["True\n", "telling\n"]
             time.sleep(1)  # till replies are under way
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=120)  # 50 stories would take hours
+            out, err = process.communicate(timeout=240)  # 50 stories would take hours
         finally:
             process.kill()  # else a signal that gets lost stops all tests, and not this one alone
     assert (process.returncode, out, err) == (0, "interrupted\nNone\n", "")
@@ -439,7 +451,7 @@ def test_ctrl_c_ends_replies_under_way(file: Path) -> None:
 @pytest.mark.model
 def test_the_child_of_a_fork_gets_an_error_and_does_not_hang(file: Path) -> None:
     with start(file, "fork") as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     assert out.splitlines() == [
         "True",
         f"model gguf:{file.name}: it was loaded before this process was forked: load it here",

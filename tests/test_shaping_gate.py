@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import EchelonError
-from echelon.shaping import ShapingConfig, Summary, gate, reference_leads, score_lead, summarise
+from echelon.shaping import ShapingConfig, Summary, gate, hopeless, reference_leads, score_lead, summarise
 
 deterministic = settings(max_examples=150, derandomize=True, deadline=None)
 
@@ -272,7 +272,9 @@ def test_a_rise_is_no_spike() -> None:
     assert published.spike_gap == pytest.approx(0.38)
     assert ours.spike_gap == pytest.approx(0.0)
     assert ours.std < 0.03 < published.std
-    assert (ours.last_k, ours.auc, ours.final) == (published.last_k, published.auc, published.final)
+    told = ("last_k", "auc", "final", "best")
+    assert [getattr(ours, name) for name in told] == [getattr(published, name) for name in told]
+    assert ours.best == ours.final == 0.8
     # The gate as published sends this branch away for its rise; a fall from a peak is a fall for both.
     still = summarise([0.0] * 6)
     assert not gate(still, {"a": published}).accepted
@@ -280,6 +282,35 @@ def test_a_rise_is_no_spike() -> None:
     fall = summarise([0.1, 0.2, 0.8, 0.5, 0.3, 0.3], rising=True)
     assert fall.spike_gap == pytest.approx(0.8 - 0.475)
     assert not gate(still, {"a": fall}).accepted
+
+
+@deterministic
+@given(
+    st.tuples(*[st.floats(0, 1)] * 5), st.tuples(*[st.floats(0, 1)] * 5), st.booleans(), st.booleans(), st.booleans()
+)
+def test_where_it_is_hopeless_nothing_is_accepted(
+    control: tuple[float, ...], branch: tuple[float, ...], first: bool, low: bool, soft: bool
+) -> None:
+    settings: dict[str, bool] = {"first_replacement": first, "low_return": low, "soft": soft}
+    if hopeless(control, **settings):
+        assert not gate(control, {"a": branch}, **settings).accepted  # type: ignore[arg-type]
+
+
+def test_hopeless_begins_where_margins_end_above_one() -> None:
+    def still(level: float) -> tuple[float, ...]:
+        return (level, level, level, level, 0.0)
+
+    assert [hopeless(still(x)) for x in (0.0, 0.9, 0.91, 1.0)] == [False, False, True, True]
+    assert [hopeless(still(x), low_return=False) for x in (0.97, 0.975)] == [False, True]
+    assert hopeless(still(0.9), first_replacement=True) and not hopeless(still(0.96), soft=True)
+
+
+def test_a_summary_as_accounts_keep_it_is_one() -> None:
+    """With its own spike gap, and a score that is worked out anew."""
+    rise, still = summarise([0.0, 0.1, 0.2, 0.4, 0.6, 0.8], rising=True), summarise([0.0] * 6)
+    kept = {name: getattr(rise, name) for name in ("last_k", "auc", "final", "best", "std", "score", "spike_gap")}
+    assert gate(still, {"a": kept}) == gate(still, {"a": rise})
+    assert gate(still, {"a": {**kept, "spike_gap": math.nan}}).rejected == {"a": "spike_gap not finite"}
 
 
 def test_two_evaluations_that_rise_are_steady() -> None:

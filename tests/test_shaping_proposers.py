@@ -316,6 +316,35 @@ def ids(proposed: Proposed) -> list[str]:
     return [c.id for c in proposed.candidates]
 
 
+@pytest.mark.parametrize("mark", ["<{}>", "{}", " < {} >"])
+def test_a_card_that_copies_the_example_is_no_diagnosis(mark: str) -> None:
+    """As SmolLM2 does where a grammar holds it to the schema."""
+    said = mark.format(CriticCard.model_fields["failure_modes"].description)
+    copied = CARD.model_copy(update={"failure_modes": ["they stand still", said]}).model_dump_json()
+    card, note = ModelProposer(Scripted(copied)).diagnose(situation())
+    assert card is None and len(note["tries"]) == 3
+    assert note["tries"][0]["reasons"] == ["failure_modes: your own words are wanted there"]
+    model = Scripted(copied, CARD.model_dump_json())
+    assert ModelProposer(model).diagnose(situation())[0] == CARD
+    assert "your own words are wanted there" in model.prompts[1].text
+
+
+def test_nothing_in_a_reply_that_is_held_to_its_schema_can_go_on_for_ever() -> None:
+    """But for texts, which end with the tokens: a small model fills a list without an end with one word."""
+    model = Scripted("no")
+    ModelProposer(model).propose(situation(), None)
+    arrays = []
+
+    def walk(shape: Any) -> None:
+        for part in shape.values() if isinstance(shape, dict) else ():
+            if isinstance(part, dict):
+                arrays.extend([part] if part.get("type") == "array" else [])
+                walk(part)
+
+    walk(model.prompts[0].schema)
+    assert len(arrays) == 3 and all(array["maxItems"] <= 12 for array in arrays)
+
+
 def test_a_good_card_is_read_from_all_of_the_evidence() -> None:
     model = Scripted(f"<think>{{}}</think>Here it is:\n```json\n{CARD.model_dump_json()}\n``` done")
     card, note = ModelProposer(model).diagnose(situation(coverage=0.1234))
@@ -326,7 +355,7 @@ def test_a_good_card_is_read_from_all_of_the_evidence() -> None:
     (prompt,) = model.prompts
     assert "coverage 0.1234" in prompt.text and "low_coverage" in prompt.text and "last_k 0.0" in prompt.text
     assert prompt.schema is not None and set(prompt.schema["required"]) == set(CriticCard.model_fields)
-    assert '"failure_modes": ["one line of text"]' in prompt.system
+    assert '"failure_modes": ["<a way in which it fails>"]' in prompt.system
 
 
 def test_the_generator_sees_the_card_alone() -> None:

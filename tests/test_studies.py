@@ -32,13 +32,14 @@ from echelon.errors import BusyError, EchelonError, StorageError
 from echelon.evaluation import protocol as protocol_module
 from echelon.evaluation.episodes import evaluate, evaluation_seed
 from echelon.evaluation.protocol import Protocol, run_by_protocol, same_run
+from echelon.extensions import import_modules
 from echelon.llm.choice import CausalChoiceModel
 from echelon.runs import load_policy, run_costs
-from echelon.studies import backends, engine, work
+from echelon.studies import backends, engine, kinds, work
 from echelon.studies.backends import PoolBackend, _how_it_died
 from echelon.studies.engine import ATTEMPTS, Matrix, run_study
 from echelon.studies.presets import preset
-from echelon.studies.spec import Study, import_modules, read_study, study_from_toml, study_to_toml
+from echelon.studies.spec import Study, read_study, study_from_toml, study_to_toml
 from echelon.training import Trainer
 from studies_tools import UPDATE, Here, make_yard, outcome, same, tiny_study
 from tiny_model import make_tiny_model
@@ -46,7 +47,7 @@ from tiny_model import make_tiny_model
 PATH = os.pathsep.join((str(Path(echelon.__file__).parents[1]), str(Path(__file__).parent)))
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 240) -> None:
     """Wait until it is so."""
     end = time.monotonic() + seconds
     while not what():
@@ -193,6 +194,7 @@ WRONG = [
     ('environments = ["warehose"]', "unknown environment 'warehose': did you mean 'warehouse'?"),
     ("[protocol]\nepisode = 3", r"unknown key in .*study.toml: protocol 'episode': did you mean 'episodes'?"),
     ("[protocol]\nepisodes = 0", "protocol.episodes is 0: it must be at least 1"),
+    ("[protocol]\nworld_seed = -1", "protocol.world_seed is -1: it must be at least 0"),
     ("[run]\nnum_env = 3", "unknown key in study study, rule-goals 'num_env': did you mean 'num_envs'?"),
     ("[run]\nseed = 3", r"study study: seed is the study's own; it can't be in \[run\]"),
     ("[run]\nthreads = 3", r"study study: threads is the study's own"),
@@ -240,7 +242,7 @@ STUDIES = st.builds(
     name=st.from_regex(r"[A-Za-z0-9_-]{1,9}", fullmatch=True), title=NAMES, methods=some(NAMES),
     environments=some(NAMES), sizes=some(st.integers()), agents=some(st.integers()), seeds=some(st.integers(0)),
     steps=st.integers(1), record=st.integers(0), imports=st.lists(NAMES, max_size=2).map(tuple),
-    protocol=st.builds(Protocol, st.integers(1), st.integers(1), st.integers(1)),
+    protocol=st.builds(Protocol, st.integers(1), st.integers(1), st.integers(1), st.none() | st.integers(0)),
     settings=st.fixed_dictionaries(
         {},
         optional={
@@ -551,7 +553,7 @@ def test_the_time_left_is_what_is_left(yard: Path, tmp_path: Path, monkeypatch: 
     """Unknown until a whole run was done here; then by what is trained, and what the whole run took."""
     folder, study = tmp_path / "study", tiny_study(yard, methods=("my-goals",), seeds=(0, 1, 2))
     runs = [folder / "runs" / name for name in ids(study)]
-    monkeypatch.setattr(engine, "estimate", lambda run, protocol: type("Cost", (), {"seconds": 10.0}))
+    monkeypatch.setattr(kinds, "estimate", lambda run, protocol: type("Cost", (), {"seconds": 10.0}))
     # Half of the first run was done before; it tells nothing of how long a whole one takes.
     (runs[0] / "checkpoints" / f"step-{4 * UPDATE:012d}").mkdir(parents=True)
     left: list[float | None] = []
@@ -864,10 +866,10 @@ def test_an_environment_that_meets_a_full_disk_fails_no_run(
         return fail
 
     with monkeypatch.context() as patch:
-        patch.setattr(work, "run_by_protocol", raising(errno.ENOSPC))
+        patch.setattr(kinds, "run_by_protocol", raising(errno.ENOSPC))
         with pytest.raises(StorageError, match="no space left on the disk"):
             run_study(study, tmp_path / "study", Here())
-        patch.setattr(work, "run_by_protocol", raising(errno.ENOENT))
+        patch.setattr(kinds, "run_by_protocol", raising(errno.ENOENT))
         results = run_study(study, tmp_path / "study", Here())
     assert results["runs"][0]["reason"] == "FileNotFoundError: [Errno 2] No such file or directory: 'mine.dat'"
 
@@ -917,6 +919,7 @@ REPRODUCE = [
     ("--seeds 0 0", "seeds lists 0 twice"),
     ("--sizes 1 --dry-run", "env.size is 1: it must be 5 to 256"),
     ("--methods qmx", "unknown method 'qmx': did you mean 'qmix'?"),
+    ("--methods magrpo", "magrpo has a trainer of its own, echelon train --method magrpo: it can't be compared"),
     ("--preset pape", "unknown preset 'pape': did you mean 'paper'? known are medium, paper, quick"),
     ("--workers 0", "--workers is 0: it must be at least 1"),
     ("--workers a", "--workers: "),
@@ -1045,6 +1048,17 @@ def test_best_and_last_are_the_policies_that_they_say(judged: tuple[Path, dict[s
         assert said["collisions"] == result.collisions.tolist() and said["tsr"] == result.success.mean()
     replay = json.loads((folder / "replays" / "protocol.json").read_text())
     assert len(replay["episodes"]) == 2
+
+
+def test_policies_of_all_evaluations_are_kept_on_demand(tmp_path: Path, judged: tuple[Path, dict[str, Any]]) -> None:
+    found = run_by_protocol(run_config(), tmp_path, dataclasses.replace(JUDGE, keep_policies=True))
+    assert found is not None and not (judged[0] / "policies").exists()
+    assert found["evaluations"] == judged[1]["evaluations"]
+    kept = {int(path.stem): path for path in (tmp_path / "policies").iterdir()}
+    assert sorted(kept) == [e["step"] for e in found["evaluations"]]
+    assert kept[found["best"]["step"]].read_bytes() == (judged[0] / "best.safetensors").read_bytes()
+    assert len({path.read_bytes() for path in kept.values()}) == len(kept)
+    assert "keep_policies" not in JUDGE.to_json() and Protocol(keep_policies=True).to_json()["keep_policies"] is True
 
 
 @pytest.mark.parametrize("scores", [(1, 3, 3, 2), (4, 3, 3, 2), (0, 0, 0, 0), (0, 1, 2, 3)])

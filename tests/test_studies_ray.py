@@ -31,7 +31,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 PATH = os.pathsep.join((str(Path(echelon.__file__).parents[1]), str(Path(__file__).parent)))
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 240) -> None:
     """Wait until it is so."""
     end = time.monotonic() + seconds
     while not what():
@@ -97,7 +97,7 @@ def cluster() -> Iterator[Any]:
             yield cluster
         finally:
             cluster.shutdown()
-        wait_for(lambda: not ray_processes(session), 20)
+        wait_for(lambda: not ray_processes(session), 120)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_result(
         fewest = min(fewest, backend.slots)
         if mood.exists() and len(checkpointed(tmp_path / "study")) == 2:
             cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-            wait_for(lambda: backend.slots == 1, 30)
+            wait_for(lambda: backend.slots == 1, 120)
             mood.unlink()
 
     results = run_study(tiny_study(yard, methods=methods), tmp_path / "study", backend, report=kill_a_node)
@@ -168,7 +168,7 @@ def test_a_node_that_dies_in_the_middle_changes_no_result(
     run_study(tiny_study(yard), tmp_path / "study", backend)
     same(whole, tmp_path / "study", runs=4)
     cluster.add_node(**NODE)
-    wait_for(lambda: backend.slots == 2, 30)
+    wait_for(lambda: backend.slots == 2, 120)
 
 
 def start_driver(study_of: Path, folder: Path, address: str | None, said: Path) -> subprocess.Popen[bytes]:
@@ -213,7 +213,7 @@ def test_a_study_that_is_killed_leaves_no_task_behind_and_goes_on(
     assert not any(is_free(run) for run in runs)
     driver.kill()
     driver.wait()
-    wait_for(lambda: all(is_free(run) for run in runs), 30)
+    wait_for(lambda: all(is_free(run) for run in runs), 120)
     mood.unlink()
     run_study(tiny_study(yard), folder, Here())
     same(whole, folder, runs=4)
@@ -227,7 +227,7 @@ def test_without_a_cluster_ray_is_started_here_and_ended(yard: Path, whole: Path
     assert driver.wait(60) == 0
     assert (tmp_path / "said").read_text() == f"{['finished'] * 4}\n"
     same(whole, tmp_path / "study", runs=4)
-    wait_for(lambda: not ray_processes() - before, 20)
+    wait_for(lambda: not ray_processes() - before, 120)
 
 
 def test_a_node_must_see_the_folder_and_have_the_same_echelon(

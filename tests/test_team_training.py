@@ -282,7 +282,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path)
     command = [sys.executable, "-m", "echelon", *flags, "--out", str(tmp_path / "killed")]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
-            until = time.monotonic() + 120
+            until = time.monotonic() + 240
             while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
                 assert time.monotonic() < until
                 assert process.poll() is None

@@ -449,7 +449,7 @@ def test_a_file_that_can_not_be_written_is_one_line_and_the_run_goes_on_later(ro
     answer = _context().Queue()
     process = _context().Process(target=_train_in_little_room, args=(str(tmp_path / "run"), room, answer))
     process.start()
-    line = answer.get(timeout=60)
+    line = answer.get(timeout=240)
     process.join(60)
     assert line.startswith("could not write") and "\n" not in line
     assert [p.name for p in checkpoints_of(tmp_path / "run/checkpoints")] == kept

@@ -253,8 +253,8 @@ def build_worlds(
     )  # fmt: skip
     planners: list[tuple[Planner, NDArray[np.bool_]]] = []
     if spec is not None:
-        if training and spec.startswith("llm") and kind.learns:
-            mine[:] = np.arange(num_envs) < max(1, round(config.model_share * num_envs))
+        if training:
+            mine[:] = np.arange(num_envs) < config.own_worlds
         planner = planner or build_planner(spec, config, training=training)
         if isinstance(planner, RecordedPlanner):
             mine[:] = np.isin(np.arange(num_envs), planner.worlds)

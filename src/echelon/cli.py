@@ -23,7 +23,17 @@ from echelon.configs import RunConfig
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_model, fetch
-from echelon.flags import env_flags, parse, run_flags, run_folder
+from echelon.flags import (
+    AfterTraining,
+    at_least,
+    env_flags,
+    given_flags,
+    parse,
+    refuse_beside_resume,
+    refuse_teams,
+    run_flags,
+    run_folder,
+)
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method, methods
@@ -108,27 +118,17 @@ def _overview() -> str:
     )  # fmt: skip
 
 
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise EchelonError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-
-
 # -- commands --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _TrainFlags:
+class _TrainFlags(AfterTraining):
     """Train a method, evaluate it, and leave a run folder with a replay."""
 
     out: Path | None = None
     """The run's folder; default: runs/<method>-<environment>-<size>-seed<seed>-<time>."""
     resume: Path | None = None
     """Go on with the run in this folder, bit-identical; of its settings only --steps may be given with it."""
-    eval_episodes: int = 200
-    """Episodes to evaluate on after training (0: none)."""
-    replay_episodes: int = 3
-    """Of those, how many to record for the replay page."""
 
 
 def _train(args: list[str]) -> int:
@@ -140,14 +140,11 @@ def _train(args: list[str]) -> int:
         return cli_teams.train_team(args)
     if cli_also.trains_also(args):
         return cli_also.train_also(args)
-    given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    given = given_flags(args)
     run, flags = run_flags("train", args, _TrainFlags)
-    _at_least(0, eval_episodes=flags.eval_episodes, replay_episodes=flags.replay_episodes)
+    at_least(0, eval_episodes=flags.eval_episodes, replay_episodes=flags.replay_episodes)
     if flags.resume is not None:
-        if other := sorted(given - {"--resume", "--steps", "--eval-episodes", "--replay-episodes"}):
-            raise EchelonError(
-                f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
-            )
+        refuse_beside_resume(given, "--steps", "--eval-episodes", "--replay-episodes")
         _refuse_torchrun(read_run(flags.resume))
         trainer = Trainer.resume(flags.resume, steps=run.steps if "--steps" in given else None)
         run = trainer.config
@@ -221,8 +218,8 @@ def _evaluate(args: list[str]) -> int:
         return cli_teams.evaluate_team(args)
     folder, base = run_folder(args, "evaluate")
     run, flags = run_flags("evaluate RUN", args, _EvaluateFlags, base=base)
-    _at_least(1, episodes=flags.episodes)
-    _at_least(0, replay_episodes=flags.replay_episodes, world_seed=flags.world_seed or 0)
+    at_least(1, episodes=flags.episodes)
+    at_least(0, replay_episodes=flags.replay_episodes, world_seed=flags.world_seed or 0)
     check_name(flags.name)
     if base is not None and (run.method, env_name(run.env)) != (base.method, env_name(base.env)):
         raise EchelonError(
@@ -271,11 +268,15 @@ def _compare(args: list[str]) -> int:
     if any(arg.split("=")[0] == "--method" for arg in args):
         raise EchelonError("compare takes --methods NAME …, not --method")
     run, flags = run_flags("compare", args, _CompareFlags)
+    refuse_teams(flags.methods)
+    for name in flags.methods:
+        if name in ALSO_METHODS:
+            raise EchelonError(f"compare has one training a method, {name} has branches: compare it by echelon study")
     runs = [run.with_method(name) for name in dict.fromkeys(flags.methods)]
     if not runs:
         raise EchelonError("--methods names no method")
-    _at_least(1, eval_episodes=flags.eval_episodes)
-    _at_least(0, replay_episodes=flags.replay_episodes)
+    at_least(1, eval_episodes=flags.eval_episodes)
+    at_least(0, replay_episodes=flags.replay_episodes)
     # What can't be used is told before a model is fetched.
     check_comparison(runs, flags.out)
     for one in runs:
@@ -454,7 +455,7 @@ def _bench(args: list[str]) -> int:
     from echelon.evaluation.speed import env_speed, training_speed
 
     run, flags = run_flags("bench", args, _BenchFlags, preset={"method": "flat-mappo", "env": {"num_agents": 8}})
-    _at_least(1, updates=flags.updates)
+    at_least(1, updates=flags.updates)
     settings = dataclasses.asdict(run.env)
     rate = env_speed(env_name(run.env), num_envs=run.num_envs, **settings)
     print(f"{env_name(run.env)}: {rate:,.0f} steps/s (one core)")

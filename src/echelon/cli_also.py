@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from echelon.also.configs import ALSO_METHODS, AlsoConfig, also_from_toml, read_also_toml
 from echelon.configs import read_toml_file
 from echelon.envs import env_name, environments
-from echelon.errors import EchelonError, unknown_name
-from echelon.fetching import ensure_local
-from echelon.flags import peek, run_and_own, take
+from echelon.errors import unknown_name
+from echelon.extensions import import_modules
+from echelon.fetching import ensure_proposer
+from echelon.flags import AfterTraining, at_least, given_flags, peek, refuse_beside_resume, run_and_own, take
 from echelon.methods import methods
-from echelon.shaping import needs_model
-from echelon.studies.spec import import_modules
 
 if TYPE_CHECKING:
     from echelon.also import AlsoProgress
@@ -45,21 +44,17 @@ def is_also_run(folder: Path) -> bool:
 
 
 def _is_also_config(file: Path) -> bool:
-    return file.is_file() and read_toml_file(file, "config").get("method") in ALSO_METHODS
+    return file.is_file() and str(read_toml_file(file, "config").get("method")) in ALSO_METHODS
 
 
 @dataclass(frozen=True)
-class _TrainFlags:
+class _TrainFlags(AfterTraining):
     """Train under shaped rewards that are diagnosed, proposed, tried in branches and promoted by evidence."""
 
     out: Path | None = None
     """The run's folder; default: runs/<method>-<base>-<environment>-<size>-seed<seed>-<time>."""
     resume: Path | None = None
     """Go on with the run in this folder, also in the middle of its branches; no settings may be given with it."""
-    eval_episodes: int = 200
-    """Episodes to evaluate on after training (0: none)."""
-    replay_episodes: int = 3
-    """Of those, how many to record for the replay page."""
 
 
 def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
@@ -69,15 +64,12 @@ def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
     known = environments()
     if name is not None and name not in known:
         raise unknown_name("environment", name, known)
-    method = peek(args, "--method")
     if file is not None:
         base = read_also_toml(Path(file))
         if learner is not None and learner != base.base:
             base = dataclasses.replace(base, base=learner, algorithm=cast(Any, None))
-        if method is not None:
-            base = dataclasses.replace(base, method=method)
     else:
-        given = {"method": method, "base": learner, "environment": name}
+        given = {"base": learner, "environment": name}
         base = also_from_toml({key: value for key, value in given.items() if value is not None})
     env = base.env if name is None or type(base.env) is known[name] else known[name]()
     note = (
@@ -90,8 +82,9 @@ def _flags(args: list[str]) -> tuple[AlsoConfig, _TrainFlags]:
 
 def _values(args: list[str], flag: str) -> list[str]:
     """What follows a flag that takes several values; `args` stay as they are."""
+    joined = [arg.partition("=")[2] for arg in args if arg.startswith(f"{flag}=")]
     found = itertools.dropwhile(lambda arg: arg != flag, args)
-    return list(itertools.takewhile(lambda arg: not arg.startswith("--"), itertools.islice(found, 1, None)))
+    return joined + list(itertools.takewhile(lambda arg: not arg.startswith("--"), itertools.islice(found, 1, None)))
 
 
 def train_also(args: list[str]) -> int:
@@ -101,21 +94,15 @@ def train_also(args: list[str]) -> int:
     from echelon.reports.account import write_account
     from echelon.runs import read_run
 
-    given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    given = given_flags(args)
     resumed = peek(args, "--resume")
     run, flags = _flags([*args, "--config", f"{resumed}/config.toml"] if resumed is not None else args)
-    for name in ("eval_episodes", "replay_episodes"):
-        if getattr(flags, name) < 0:
-            raise EchelonError(f"--{name.replace('_', '-')} is {getattr(flags, name)}: it must be at least 0")
+    at_least(0, eval_episodes=flags.eval_episodes, replay_episodes=flags.replay_episodes)
     if flags.resume is not None:
-        if other := sorted(given - {"--resume", "--eval-episodes", "--replay-episodes"}):
-            raise EchelonError(
-                f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
-            )
+        refuse_beside_resume(given, "--eval-episodes", "--replay-episodes")
         trainer = AlsoTrainer.resume(flags.resume)
     else:
-        if run.kind.stages != "none" and needs_model(run.proposer):
-            ensure_local(run.proposer)
+        ensure_proposer(run)
         trainer = AlsoTrainer(run, flags.out or _default_folder(run))
     folder, run = trainer.folder, trainer.config
     label = f"{run.method} ({run.base})"

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import quote
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from echelon.errors import EchelonError
-from echelon.fetching import ensure_model
-from echelon.flags import parse
+from echelon.also.configs import AlsoConfig
+from echelon.configs import RunConfig
+from echelon.errors import EchelonError, StorageError
+from echelon.fetching import ensure_model, ensure_proposer
+from echelon.flags import parse, refuse_teams
+from echelon.runs import ACCOUNT
 
 if TYPE_CHECKING:
-    from echelon.configs import RunConfig
     from echelon.studies.backends import Backend
     from echelon.studies.engine import Matrix
     from echelon.studies.spec import Study
@@ -145,13 +149,15 @@ def report(args: list[str]) -> int:
         results = read_json(source, "study's results")
         if not isinstance(results, dict) or "runs" not in results:
             raise EchelonError(f"{source} holds no study's results")
-        print(_write(results, analyse(results), flags.out or source.parent, {}))
+        print(_write(results, analyse(results), flags.out or source.parent))
         return 0
     if not (source / "study.toml").exists():
         raise EchelonError(f"{source} is no study: it has no study.toml")
     study = read_study(source / "study.toml")
     results = collect(study, source)
-    print(_write(results, analyse(results), flags.out or source, replays_of(study, source)))
+    out = flags.out or source
+    accounts = _accounts(study, source, out)
+    print(_write(results, analyse(results), out, replays=replays_of(study, source), accounts=accounts))
     return 0
 
 
@@ -167,6 +173,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
         if getattr(flags, name) is not None
     }
     study = dataclasses.replace(study, **narrowed)
+    refuse_teams(study.methods)
     if flags.model is not None:
         study = _with_model(study, flags.model)
     if flags.workers is not None and flags.workers < 1:
@@ -177,8 +184,9 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     if flags.dry_run:
         print(_costs(study, flags.workers or cores(), flags.price))
         return 0
-    for run in {run.config.model_spec: run for run in study.runs() if _needs_model(run.config)}.values():
-        ensure_model(run.config)
+    _ensure_models(study)
+    if ignored := study.ignored():
+        console.print(f"[run] of study {study.name}: none of its methods has {', '.join(ignored)}: ignored")
     backend = _backend(flags, folder)
     stopper = Stopper()
     try:
@@ -210,28 +218,44 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
         return 128 + stopper.signal
     analysis = analyse(results)
     _summary(analysis, results)
-    print(_write(results, analysis, folder, replays_of(study, folder)))
+    accounts = _accounts(study, folder, folder)
+    print(_write(results, analysis, folder, replays=replays_of(study, folder), accounts=accounts))
     if "pending" in states:
         left = f"{states.count('pending')} of {len(states)} runs are not done"
         console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
     return 0 if set(states) == {"finished"} else 1
 
 
-def _needs_model(run: RunConfig) -> bool:
+def _ensure_models(study: Study) -> None:
+    """Make sure that the language models which the study's runs need are there."""
     from echelon.methods import method
 
-    return method(run.method).needs_model(run.planner)
+    asked: dict[str, RunConfig | AlsoConfig] = {}
+    for config in (run.config for run in study.runs()):
+        if isinstance(config, RunConfig) and method(config.method).needs_model(config.planner):
+            asked.setdefault(config.model_spec, config)
+        elif isinstance(config, AlsoConfig) and config.kind.stages != "none":
+            asked.setdefault(f"proposer {config.proposer}", config)
+    for config in asked.values():
+        if isinstance(config, RunConfig):
+            ensure_model(config)
+        else:
+            ensure_proposer(config)
 
 
 def _with_model(study: Study, model: str) -> Study:
-    """The study with another language model; runs that ask none stay the same runs."""
-    from echelon.methods import method
-    from echelon.studies.spec import import_modules
+    """The study with another language model, to plan and to propose; runs that ask none stay the same runs."""
+    from echelon.extensions import import_modules
+    from echelon.methods import method, methods
+    from echelon.shaping import needs_model
 
     import_modules(study.imports)
-    asking = [name for name in study.methods if method(name).needs_model()]
+    asking = {name: "model" for name in study.methods if name in methods() and method(name).needs_model()}
+    for config in (run.config for run in study.runs()):
+        if isinstance(config, AlsoConfig) and config.kind.stages != "none" and needs_model(config.proposer):
+            asking[config.method] = "proposer"
     own = study.settings.get("method", {})
-    asked = {name: {**own.get(name, {}), "model": model} for name in asking}
+    asked = {name: {**own.get(name, {}), key: model} for name, key in asking.items()}
     return dataclasses.replace(study, settings={**study.settings, "method": {**own, **asked}})
 
 
@@ -269,14 +293,15 @@ def _time(seconds: float) -> str:
 
 def _costs(study: Study, workers: int, price: float) -> str:
     """What a study would cost, as a table of its methods."""
-    from echelon.studies.costs import Cost, estimate
+    from echelon.studies.costs import Cost
+    from echelon.studies.kinds import kind_of
 
     runs = study.runs()
     header = ("method", "runs", "steps", "core-hours", "model calls", "model tokens", "price in USD")
     rows, cost = [], Cost()
     for name in (*study.methods, "all"):
         mine = [run for run in runs if name in (run.method, "all")]
-        cost = sum((estimate(run.config, study.protocol) for run in mine), Cost())
+        cost = sum((kind_of(run.method).estimate(run.config, study.protocol) for run in mine), Cost())
         rows.append(
             (name, f"{len(mine):,}", f"{cost.steps:,.0f}", f"{cost.seconds / 3600:.2f}", f"{cost.model_calls:,.0f}",
              f"{cost.model_tokens:,.0f}", f"{cost.model_tokens * price / 1e6:.2f}")
@@ -288,7 +313,14 @@ def _costs(study: Study, workers: int, price: float) -> str:
     return "\n".join(lines)
 
 
-def _write(results: dict[str, Any], analysis: dict[str, Any], folder: Path, replays: Mapping[str, Path]) -> Path:
+def _write(
+    results: dict[str, Any],
+    analysis: dict[str, Any],
+    folder: Path,
+    *,
+    replays: Mapping[str, Path] | None = None,
+    accounts: Mapping[str, str] | None = None,
+) -> Path:
     """Everything that is made from a study's results; the report's path."""
     from echelon._files import atomic_write_json
     from echelon.evaluation.exports import marl_eval, write_csv, write_latex
@@ -298,7 +330,27 @@ def _write(results: dict[str, Any], analysis: dict[str, Any], folder: Path, repl
     atomic_write_json(folder / "marl_eval.json", marl_eval(results), compact=True)
     write_csv(results, analysis, folder / "tables")
     write_latex(analysis, folder / "tables")
-    return write_report(folder, results, analysis, replays=replays)
+    return write_report(folder, results, analysis, replays=replays, accounts=accounts)
+
+
+def _accounts(study: Study, folder: Path, out: Path) -> dict[str, str]:
+    """The runs' account pages, as addresses seen from `out`; with the study's own report they are written anew."""
+    from echelon.reports.account import write_account
+    from echelon.studies.engine import files_of
+
+    found = {}
+    for run, path in files_of(study, folder, ACCOUNT).items():
+        page = path.with_suffix(".html")
+        if out == folder:
+            try:
+                write_account(path.parent)
+            except StorageError:
+                raise
+            except EchelonError:
+                continue  # a damaged one says so when it is asked for
+        if page.exists():
+            found[run] = quote(Path(os.path.relpath(page, out)).as_posix())
+    return found
 
 
 def _summary(analysis: dict[str, Any], results: dict[str, Any]) -> None:

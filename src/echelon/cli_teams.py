@@ -13,7 +13,7 @@ from echelon.configs import read_toml_file
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
-from echelon.flags import parse, peek, run_and_own, take
+from echelon.flags import given_flags, parse, peek, refuse_beside_resume, run_and_own, take
 from echelon.tasks import task_name, tasks
 from echelon.team_configs import TeamRunConfig, read_team_toml, team_from_toml
 
@@ -40,7 +40,7 @@ def is_team_run(folder: Path) -> bool:
 
 
 def _is_team_config(file: Path) -> bool:
-    return file.is_file() and read_toml_file(file, "config").get("method") in team_algorithms()
+    return file.is_file() and str(read_toml_file(file, "config").get("method")) in team_algorithms()
 
 
 def team_flags(
@@ -87,15 +87,12 @@ def train_team(args: list[str]) -> int:
     from echelon.reports.dialogues import write_dialogues
     from echelon.team_training import TeamProgress, TeamTrainer
 
-    given = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    given = given_flags(args)
     resumed = peek(args, "--resume")
     base = read_team_toml(Path(resumed) / "config.toml") if resumed is not None else None
     run, flags = team_flags("train", args, _TrainFlags, base=base)
     if flags.resume is not None:
-        if other := sorted(given - {"--resume", "--updates"}):
-            raise EchelonError(
-                f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it"
-            )
+        refuse_beside_resume(given, "--updates")
         trainer = TeamTrainer.resume(flags.resume, updates=run.updates if "--updates" in given else None)
     else:
         for model in run.model:

@@ -293,6 +293,14 @@ class RunConfig:
         return self.llm_share if self.llm_share is not None else 1 / 64 if self.generates else 1.0
 
     @property
+    def own_worlds(self) -> int:
+        """The worlds of a training that the method's own planner plans; the others have a cheap one beside a model."""
+        kind = method(self.method)
+        spec = kind.train_planner if kind.train_planner is None or self.planner is None else self.planner
+        share = self.model_share if kind.learns and spec is not None and spec.startswith("llm") else 1.0
+        return max(1, round(share * self.num_envs))
+
+    @property
     def model_spec(self) -> str:
         """The language model that takes part, where one does: the planner's own, else `model`."""
         return self.planner[4:] if self.planner is not None and self.planner.startswith("llm:") else self.model

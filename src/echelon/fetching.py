@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from echelon.also.configs import AlsoConfig
 from echelon.configs import RunConfig
+from echelon.llm.gguf import GGUFConfig
+from echelon.llm.server import ServerConfig
 from echelon.methods import method
 
-__all__ = ["ensure_local", "ensure_model", "fetch"]
+__all__ = ["ensure_local", "ensure_model", "ensure_proposer", "ensure_spec", "fetch"]
 
 
 def ensure_model(run: RunConfig) -> None:
@@ -16,9 +19,7 @@ def ensure_model(run: RunConfig) -> None:
     Raises:
         EchelonError: it can't be had: a name, an address or a key that is wrong, no network, a server that is down.
     """
-    from echelon.building import writer_of
     from echelon.envs import env_name, make
-    from echelon.llm import KNOWN_MODELS, ModelStore, ServerModel
     from echelon.planners import make_rule_planner
 
     if not method(run.method).needs_model(run.planner):
@@ -28,18 +29,43 @@ def ensure_model(run: RunConfig) -> None:
     for planner in (run.planner, run.cheap_planner):
         if planner is not None and planner != "llm" and not planner.startswith("llm:"):
             make_rule_planner(planner)
-    spec = run.model_spec
+    ensure_spec(run.model_spec, run.server, run.gguf)
+
+
+def ensure_spec(spec: str, server: ServerConfig, gguf: GGUFConfig) -> None:
+    """Make sure that a model, wherever it runs, can be had; see `ensure_model`.
+
+    Args:
+        spec: its name, as in `--model`.
+        server: how a server is reached.
+        gguf: how a GGUF file is run.
+    """
+    from echelon.building import writer_of
+    from echelon.llm import KNOWN_MODELS, ModelStore, ServerModel
+
     if spec.startswith("openai:"):
         # Once a run goes, a server that dies costs nothing but its plans; one that was never there is a mistake.
-        server = writer_of(spec, run.server, run.gguf)
-        assert isinstance(server, ServerModel)
-        server.check()
+        behind = writer_of(spec, server, gguf)
+        assert isinstance(behind, ServerModel)
+        behind.check()
     elif spec.startswith("gguf:"):
         name = spec.removeprefix("gguf:")
         if name in KNOWN_MODELS and not ModelStore().has_gguf(name):
             fetch(name, force=False, source=None, gguf=True, convert=False)
     else:
         ensure_local(spec)
+
+
+def ensure_proposer(run: AlsoConfig) -> None:
+    """Make sure that the model or the record which a run's shaping is proposed by is there; see `ensure_model`."""
+    from echelon.shaping import make_proposer, needs_model
+
+    if run.kind.stages == "none":
+        return
+    if needs_model(run.proposer):
+        ensure_spec(run.proposer, run.server, run.gguf)
+    else:
+        make_proposer(run.proposer)
 
 
 def ensure_local(spec: str) -> None:

@@ -14,7 +14,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from echelon.algorithms.teams import team_algorithms
 from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml
 from echelon.envs import GridConfig, environments
 from echelon.errors import EchelonError, unknown_name
@@ -35,7 +36,20 @@ from echelon.methods import methods
 from echelon.runs import trained_folder
 from echelon.subgoals import SubgoalConfig
 
-__all__ = ["env_flags", "parse", "peek", "run_and_own", "run_flags", "run_folder", "take"]
+__all__ = [
+    "AfterTraining",
+    "at_least",
+    "env_flags",
+    "given_flags",
+    "parse",
+    "peek",
+    "refuse_beside_resume",
+    "refuse_teams",
+    "run_and_own",
+    "run_flags",
+    "run_folder",
+    "take",
+]
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -160,6 +174,43 @@ def peek(args: list[str], flag: str) -> str | None:
         elif arg.startswith(f"{flag}="):
             found = arg[len(flag) + 1 :]
     return found
+
+
+def given_flags(args: Sequence[str]) -> set[str]:
+    """The flags among `args`, with hyphens."""
+    return {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+
+
+def refuse_beside_resume(given: set[str], *allowed: str) -> None:
+    """Refuse all flags but some beside --resume: a run goes on as it began."""
+    if other := sorted(given - {"--resume", *allowed}):
+        raise EchelonError(f"--resume goes on with the run's own settings: {', '.join(other)} can't be given with it")
+
+
+def refuse_teams(names: Iterable[object]) -> None:
+    """Refuse teams of language models: only `echelon train` knows them."""
+    for name in map(str, names):
+        if name in team_algorithms():
+            raise EchelonError(
+                f"{name} has a trainer of its own, echelon train --method {name}: it can't be compared or studied"
+            )
+
+
+def at_least(least: int, **values: int) -> None:
+    """Refuse a flag's value below `least`; flags are named as Python does."""
+    for name, value in values.items():
+        if value < least:
+            raise EchelonError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterTraining:
+    """What a command that trains does when it is done."""
+
+    eval_episodes: int = 200
+    """Episodes to evaluate on after training (0: none)."""
+    replay_episodes: int = 3
+    """Of those, how many to record for the replay page."""
 
 
 def run_flags(

@@ -48,7 +48,8 @@ def fork_run(
     With the source's own shaping and `stream` 0 it becomes, bit for bit, what the source becomes by going on. Where
     the shaping is another, what a state was worth when it was reached stays as it was, so that returns still
     telescope (Devlin and Kudenko 2012): the first extra reward of an episode under way is `γΦ_new(s') - Φ_old(s)`. A
-    replay memory is treated as `shaping.buffer` says. Its logs begin with the fork; so do its seconds.
+    replay memory is treated as `shaping.buffer` says. Its logs begin with the fork; its steps and
+    seconds go on from the source's.
 
     A folder that is this fork already stays as it is, however far it has trained since; else the run is there whole
     or not at all.
@@ -121,7 +122,6 @@ def _forked(checkpoint: Checkpoint, old: RunConfig, new: RunConfig, stream: int,
     progress = {
         **checkpoint.progress,
         "config": identity(new),
-        "seconds": 0.0,
         "sizes": dict.fromkeys(checkpoint.progress["sizes"], 0),
         "model": {},
     }

@@ -18,10 +18,12 @@ from echelon.configs import RunConfig, read_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 
-__all__ = ["PLANNER", "load_policy", "processor", "read_run", "run_costs", "steps_done", "trained_folder",
+__all__ = ["ACCOUNT", "PLANNER", "load_policy", "processor", "read_run", "run_costs", "steps_done", "trained_folder",
            "versions"]  # fmt: skip
 
 
+ACCOUNT = "account.json"
+"""The file with every diagnosis, proposal, branch and verdict of a run whose shaping grew with it."""
 PLANNER = "planner"
 """The folder of a run's folder that holds its planner, where that learns."""
 
@@ -55,6 +57,8 @@ def run_costs(folder: Path) -> dict[str, float | None]:
     saved = checkpoints_of(folder / "checkpoints")
     if not saved:
         return {}
+    # What a mainline has become has only its last segment's metrics beside it.
+    logged = folder.parent if (folder.parent / ACCOUNT).exists() else folder
     progress = load_checkpoint(saved[-1]).progress
     model = progress.get("model", {})
     return {
@@ -62,15 +66,16 @@ def run_costs(folder: Path) -> dict[str, float | None]:
         "training_model_calls": model.get("calls", 0),
         "training_model_tokens": model.get("prompt_tokens", 0),
         "training_model_seconds": model.get("seconds", 0.0),
-        **_steps_to_success(folder / "metrics.jsonl", 0.9),
+        **_steps_to_success(logged / "metrics.jsonl", 0.9, max(50, read_run(folder).own_worlds)),
     }
 
 
-def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> dict[str, float | None]:
+def _steps_to_success(metrics: Path, level: float, episodes: int) -> dict[str, float | None]:
     """The first step at which `level` of the last (at least) `episodes` training episodes had succeeded.
 
-    Only episodes that the method's own planner planned count, not those of the cheap planner beside a model. Where
-    there are such, the number is an upper bound: few worlds take long to finish that many episodes.
+    With fewer episodes than worlds it would come too early: what succeeds ends sooner than what fails. Only those that
+    the method's own planner planned count, not those of the cheap planner beside a model. Where there are such, the
+    number is an upper bound: few worlds take long to finish that many episodes.
     """
     window: deque[tuple[int, float]] = deque()
     shared = False
@@ -90,7 +95,7 @@ def _steps_to_success(metrics: Path, level: float, episodes: int = 50) -> dict[s
 
 def trained_folder(folder: Path) -> Path:
     """The ordinary run's folder in `folder`: where shaping grew with the run, what became of its mainline."""
-    return folder / "main" if (folder / "account.json").exists() else folder
+    return folder / "main" if (folder / ACCOUNT).exists() else folder
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -10,8 +10,8 @@ from typing import Any, cast
 from echelon.algorithms.teams import TeamConfig, team_algorithms
 from echelon.configs import read_toml_file, toml_document, typed
 from echelon.errors import EchelonError, unknown_name
-from echelon.llm._trainable import Adapt
 from echelon.llm.teams import Share
+from echelon.llm.token_policy import Adapt
 from echelon.robot_tasks import RobotTeamSettings as RobotTeamSettings  # registers warehouse and search
 from echelon.tasks import TaskSettings, WritingSettings, task_name, tasks
 from echelon.team_rollouts import TeamRolloutConfig

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from echelon._lazy import lazily
 from echelon.also.configs import ALSO_METHODS, AlsoConfig, AlsoSettings, also_from_toml, also_to_toml, read_also_toml
-from echelon.also.training import AlsoProgress, AlsoTrainer
+
+if TYPE_CHECKING:
+    from echelon.also.training import AlsoProgress, AlsoTrainer
 
 __all__ = [
     "ALSO_METHODS",
@@ -15,3 +20,7 @@ __all__ = [
     "also_to_toml",
     "read_also_toml",
 ]
+
+
+# Who only wants to know the methods' names, as the command line does, needn't wait for the study engine.
+__getattr__ = lazily(__name__, "training")

@@ -11,14 +11,15 @@ from echelon.algorithms import AlgorithmConfig, config_of
 from echelon.configs import RunConfig, read_toml_file, toml_document, typed
 from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
 from echelon.errors import EchelonError, unknown_name
+from echelon.extensions import import_modules
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
+from echelon.llm.store import KNOWN_MODELS, SHIPPED_PLANNERS
 from echelon.methods import method
 from echelon.shaping import ShapingConfig, ShapingSettings, term_set
-from echelon.studies.spec import import_modules
 
 __all__ = ["ALSO_METHODS", "AlsoConfig", "AlsoMethod", "AlsoSettings", "also_from_toml", "also_to_toml",
-           "read_also_toml"]  # fmt: skip
+           "read_also_toml", "resolved_proposer"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ class AlsoSettings:
     must also lead with the lower end of a bootstrap interval over them; the first one's endpoint is promoted."""
     evaluations: int = 6
     """Evaluations of a branch; the run itself is evaluated as often."""
+    every: int | None = None
+    """Environment steps between evaluations; default: as many as make those `evaluations` of a branch."""
     episodes: int = 32
     """Episodes of each."""
+    world_seed: int | None = None
+    """Root seed of the worlds of these episodes; default: the run's own."""
     behaviour: int = 16
     """Episodes that the Critic's statistics are of."""
     reference: bool = False
@@ -98,8 +103,10 @@ class AlsoSettings:
             ("rounds", self.rounds >= 1, "at least 1"),
             ("seeds", self.seeds >= 1, "at least 1"),
             ("evaluations", self.evaluations >= 1, "at least 1"),
+            ("every", self.every is None or self.every >= 1, "at least 1"),
             ("episodes", self.episodes >= 1, "at least 1"),
             ("behaviour", self.behaviour >= 1, "at least 1"),
+            ("world_seed", self.world_seed is None or self.world_seed >= 0, "at least 0"),
         ):
             if not good:
                 raise EchelonError(f"also.{name} is {getattr(self, name)}: it must be {need}")
@@ -147,6 +154,10 @@ class AlsoConfig:
             raise unknown_name("method", self.method, ALSO_METHODS)
         if cast(Any, self.algorithm) is None:
             object.__setattr__(self, "algorithm", config_of(_base(self.base))())
+        names = ("heuristic", *KNOWN_MODELS, *SHIPPED_PLANNERS)
+        if ":" not in self.proposer and self.proposer not in names:
+            others = ("recorded:<account.json>", "hf:<folder or id>", "gguf:<file>", "openai:<model>")
+            raise unknown_name("proposer", self.proposer, (*names, *others))
         if self.workers is not None and self.workers < 1:
             raise EchelonError(f"workers is {self.workers}: it must be at least 1")
         if self.shaping.on and self.kind.start != "default":
@@ -156,6 +167,9 @@ class AlsoConfig:
             raise EchelonError(
                 f"also.branch is {self.also.branch}: {len(terms.grid)} mixtures of the grid don't fit into the steps"
             )
+        tries = self.kind.start == "grid" or (self.kind.branches and self.kind.stages != "none")
+        if tries and self.evaluated_every > self.branch_steps:
+            raise EchelonError(f"also.every is {self.also.every}: a branch has only {self.branch_steps:,} steps")
         self.run(self.start)  # what it says of the base method's settings
 
     @property
@@ -170,6 +184,21 @@ class AlsoConfig:
             return None
         terms = term_set(env_name(self.env))
         return self.shaping.config(terms.world) or terms.mode(terms.default)
+
+    @property
+    def branch_steps(self) -> int:
+        """Environment steps of each branch."""
+        return max(1, round(self.also.branch * self.steps))
+
+    @property
+    def evaluated_every(self) -> int:
+        """Environment steps between two evaluations, of branches and of the mainline alike."""
+        return self.also.every or max(1, self.branch_steps // self.also.evaluations)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of each branch."""
+        return self.also.evaluations if self.also.every is None else max(1, self.branch_steps // self.also.every)
 
     def run(self, shaping: ShapingConfig | None, *, steps: int | None = None, threads: int = 1) -> RunConfig:
         """The base method's run under a shaping (None: the task reward alone), up to so many steps."""
@@ -204,6 +233,12 @@ def _base(name: str) -> str:
     return kind.algorithm
 
 
+def resolved_proposer(proposer: str) -> str:
+    """A proposer's name that means the same in every folder: with a record's whole path."""
+    kind, _, path = proposer.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if kind == "recorded" else proposer
+
+
 _TABLES: dict[str, type[Any]] = {
     "shaping": ShapingSettings,
     "also": AlsoSettings,
@@ -217,13 +252,18 @@ def also_to_toml(config: AlsoConfig) -> str:
     return toml_document(config, env_name(config.env))
 
 
-def read_also_toml(path: Path) -> AlsoConfig:
+def read_also_toml(path: Path, *, imports: tuple[str, ...] | None = None) -> AlsoConfig:
     """The config in a TOML file; what it doesn't say has its default.
+
+    Args:
+        path: the file.
+        imports: what to import instead of what the file says.
 
     Raises:
         EchelonError: no such file, not TOML, an unknown key (names the nearest) or a value of the wrong type.
     """
-    return also_from_toml(read_toml_file(path, "config"), str(path))
+    data = read_toml_file(path, "config")
+    return also_from_toml(data if imports is None else {**data, "imports": list(imports)}, str(path))
 
 
 def also_from_toml(data: dict[str, Any], source: str = "config") -> AlsoConfig:

@@ -29,10 +29,29 @@ from echelon.methods import method
 from echelon.runs import run_costs
 from echelon.training import Trainer
 
-__all__ = ["Protocol", "run_by_protocol", "same_run"]
+__all__ = [
+    "BEST",
+    "POLICIES",
+    "Policy",
+    "Protocol",
+    "Report",
+    "best_of",
+    "is_due",
+    "judge_trained",
+    "other_settings",
+    "policy_file",
+    "read_policy",
+    "run_by_protocol",
+    "same_run",
+]
 
 FORMAT = 1
 _ABSOLUTE = 1  # the absolute metric's stream of evaluation worlds
+BEST = "best.safetensors"
+"""The file of a run's folder with the policy of its best evaluation."""
+POLICIES = "policies"
+"""The folder of a run's folder with the policies of all evaluations, where they are kept."""
+Policy = dict[str, torch.Tensor] | None
 Report = Callable[[str, float, float, str], None]
 
 
@@ -46,11 +65,21 @@ class Protocol:
     """Episodes of each of those."""
     final_episodes: int = 320
     """Episodes of the absolute metric, for the best and for the last policy."""
+    world_seed: int | None = None
+    """Which worlds all runs are judged in; default: each in those of its own seed."""
+    keep_policies: bool = False
+    """Keep the policy of each evaluation while training, not of the best alone: `policies/<step>.safetensors`."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if getattr(self, f.name) < 1:
-                raise EchelonError(f"protocol.{f.name} is {getattr(self, f.name)}: it must be at least 1")
+        for name, least in {"every": 1, "episodes": 1, "final_episodes": 1, "world_seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EchelonError(f"protocol.{name} is {value}: it must be at least {least}")
+
+    def to_json(self) -> dict[str, int | bool]:
+        """What is set; settings that came later only where they say something."""
+        told = dataclasses.asdict(self)
+        return {name: value for name, value in told.items() if not (value is None or value is False)}
 
 
 def run_by_protocol(
@@ -85,7 +114,7 @@ def run_by_protocol(
         StorageError: files can't be written.
     """
     judge = _Judge(run, folder, protocol, record, report, should_stop)
-    policy: dict[str, torch.Tensor] | None = None
+    policy: Policy = None
     aside: AbstractContextManager[None] = nullcontext()
     if method(run.method).learns:
         trainer = _trainer(run, folder)
@@ -113,7 +142,7 @@ def run_by_protocol(
         if judge.is_due(0) and not judge.evaluate(0, None):
             return None
     with aside:
-        if not judge.finish(step, policy):
+        if not judge.finish((step, policy), judge.best_step(), judge.best_policy):
             return None
     costs = run_costs(folder)
     seconds = costs.get("training_seconds") or 0.0
@@ -127,6 +156,36 @@ def run_by_protocol(
         "training_model_tokens": costs.get("training_model_tokens", 0),
         "training_model_seconds": costs.get("training_model_seconds", 0.0),
     }
+
+
+def judge_trained(
+    run: RunConfig,
+    folder: Path,
+    protocol: Protocol,
+    evaluations: list[dict[str, Any]],
+    last: tuple[int, Policy],
+    best: tuple[int, Callable[[], Policy]],
+    *,
+    record: int = 0,
+    report: Report = lambda stage, done, total, info: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """The absolute metric for what was trained, and evaluated on the way, by other means than `run_by_protocol`.
+
+    Args:
+        run: what to evaluate the policies as.
+        folder: where `protocol.json` and replays are left; called again, it goes on where it was stopped.
+        protocol, record, report, should_stop: see `run_by_protocol`.
+        evaluations: those on the way, in its form.
+        last: the steps after which the last policy was had, and the policy.
+        best: the same of the best of these evaluations; its policy is asked for only if it isn't judged yet.
+
+    Returns:
+        JSON-able: `evaluations`, `best`, `last`, `evaluation_seconds`; None if it was stopped.
+    """
+    judge = _Judge(run, folder, protocol, record, report, should_stop)
+    judge.told["evaluations"] = evaluations
+    return judge.told if judge.finish(last, *best) else None
 
 
 def same_run(old: RunConfig, new: RunConfig) -> bool:
@@ -145,7 +204,7 @@ def same_run(old: RunConfig, new: RunConfig) -> bool:
 
 def _require_same(run: RunConfig, folder: Path) -> None:
     if not same_run(read_toml(folder / "config.toml"), run):
-        raise EchelonError(f"{folder} holds a run with other settings: choose another folder, or move it away")
+        raise other_settings(folder)
 
 
 def _trainer(run: RunConfig, folder: Path) -> Trainer:
@@ -174,7 +233,7 @@ class _Judge:
         self.run, self.folder, self.protocol = run, folder, protocol
         self.record, self.report, self.should_stop = record, report, should_stop
         self.told: dict[str, Any] = {"evaluations": [], "best": None, "last": None, "evaluation_seconds": 0.0}
-        self._of = {"format": FORMAT, **dataclasses.asdict(protocol)}
+        self._of = {"format": FORMAT, **protocol.to_json()}
         path = folder / "protocol.json"
         if path.exists():
             saved = read_json(path, "evaluation protocol")
@@ -188,11 +247,9 @@ class _Judge:
 
     def is_due(self, step: int) -> bool:
         """Whether the policy after `step` steps is one to judge, and wasn't."""
-        judged = [e["step"] // self.protocol.every for e in self.told["evaluations"]]
-        last = step >= self.run.steps and all(e["step"] < step for e in self.told["evaluations"])
-        return last or step // self.protocol.every not in judged
+        return is_due(step, [e["step"] for e in self.told["evaluations"]], self.protocol.every, self.run.steps)
 
-    def evaluate(self, step: int, policy: dict[str, torch.Tensor] | None) -> bool:
+    def evaluate(self, step: int, policy: Policy) -> bool:
         """Judge a policy on the way; False if it was stopped."""
         result = self._play(policy, self.protocol.episodes, 0, 0)
         if result is None:
@@ -207,24 +264,29 @@ class _Judge:
             "collisions": float(result.collisions.mean()),
             "task_return": float(result.task_return.mean()),
         }
+        if policy is not None and self.protocol.keep_policies:
+            atomic_write_bytes(self.folder / policy_file(step), safetensors.torch.save(policy))
         # Of equals the later one: it has learnt for longer.
         if policy is not None and all(e["success"] <= entry["success"] for e in self.told["evaluations"]):
-            atomic_write_bytes(self.folder / "best.safetensors", safetensors.torch.save(policy))
+            atomic_write_bytes(self.folder / BEST, safetensors.torch.save(policy))
         self.told["evaluations"].append(entry)
         self._save()
         return True
 
-    def finish(self, step: int, policy: dict[str, torch.Tensor] | None) -> bool:
+    def best_step(self) -> int:
+        """The step of the best evaluation."""
+        return best_of(self.told["evaluations"])
+
+    def finish(self, last: tuple[int, Policy], best_step: int, best_policy: Callable[[], Policy]) -> bool:
         """The absolute metric of the last and of the best policy; False if it was stopped."""
-        evaluations = self.told["evaluations"]
-        best = max(evaluations, key=lambda e: (e["success"], e["step"]))["step"]
-        for name, at in (("last", step), ("best", best)):
+        step, policy = last
+        for name, at in (("last", step), ("best", best_step)):
             if self.told[name] is not None and self.told[name]["step"] == at:
                 continue
             if name == "best" and at == step:
                 self.told["best"] = self.told["last"]
             else:
-                judged = policy if name == "last" else self._best_policy()
+                judged = policy if name == "last" else best_policy()
                 episodes = self.protocol.final_episodes
                 record = min(self.record, episodes) if name == "last" else 0
                 result = self._play(judged, episodes, _ABSOLUTE, record)
@@ -236,20 +298,14 @@ class _Judge:
             self._save()
         return True
 
-    def _best_policy(self) -> dict[str, torch.Tensor]:
-        path = self.folder / "best.safetensors"
-        try:
-            return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise EchelonError(
-                f"{path} is damaged ({error}): remove {self.folder / 'protocol.json'} to judge this run anew"
-            ) from None
+    def best_policy(self) -> Policy:
+        """The policy of that evaluation."""
+        return read_policy(self.folder / BEST, f"remove {self.folder / 'protocol.json'} to judge this run anew")
 
-    def _play(
-        self, policy: dict[str, torch.Tensor] | None, episodes: int, stream: int, record: int
-    ) -> EpisodeResults | None:
+    def _play(self, policy: Policy, episodes: int, stream: int, record: int) -> EpisodeResults | None:
         result = evaluate(
-            self.run, policy, episodes=episodes, stream=stream, record=record, should_stop=self.should_stop,
+            self.run, policy, episodes=episodes, seed=self.protocol.world_seed, stream=stream, record=record,
+            should_stop=self.should_stop,
             report=lambda done, total: self.report("evaluating", done, total, "episodes"),
         )  # fmt: skip
         if result is not None:
@@ -259,6 +315,46 @@ class _Judge:
     def _save(self) -> None:
         told = {**self.told, "of": self._of}
         atomic_write_json(self.folder / "protocol.json", told)
+
+
+def is_due(step: int, judged: list[int], every: int, steps: int) -> bool:
+    """Whether the policy after `step` of `steps` steps is one to judge.
+
+    Args:
+        step: the policy's.
+        judged: the steps at which policies were judged before.
+        every: the protocol's.
+        steps: the run's.
+    """
+    last = step >= steps and all(other < step for other in judged)
+    return last or step // every not in [other // every for other in judged]
+
+
+def best_of(evaluations: list[dict[str, Any]]) -> int:
+    """The step of the best evaluation; of equals the later one."""
+    return int(max(evaluations, key=lambda e: (e["success"], e["step"]))["step"])
+
+
+def policy_file(step: int) -> Path:
+    """Where the policy of the evaluation at a step is kept, in the run's folder."""
+    return Path(POLICIES) / f"{step}.safetensors"
+
+
+def other_settings(folder: Path) -> EchelonError:
+    """The error for a folder that holds another run than the one that is to go on in it."""
+    return EchelonError(f"{folder} holds a run with other settings: choose another folder, or move it away")
+
+
+def read_policy(path: Path, remedy: str) -> dict[str, torch.Tensor]:
+    """A policy that an evaluation kept.
+
+    Raises:
+        EchelonError: the file is damaged or gone; says what to do.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise EchelonError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def _in_full(result: EpisodeResults, step: int) -> dict[str, Any]:

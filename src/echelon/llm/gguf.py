@@ -32,6 +32,7 @@ _QUIET = -1  # llama.cpp's verbosity at which not even errors are printed
 _ERRORS = 1
 # JSON on one line, as most JSON that models have read is written. Without the spaces SmolLM2 loses the thread: of 16
 # plans for three robots none named all three, with them or indented 15.
+_LONGEST = 400  # characters of a text whose schema says nothing about it
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -68,11 +69,21 @@ class GGUFConfig:
                 raise EchelonError(f"gguf.{name} is {getattr(self, name)}: it must be {need}")
 
 
+def _bounded(shape: Any) -> Any:
+    """A JSON schema in which no text goes on for ever."""
+    if isinstance(shape, Mapping):
+        bounded = {name: _bounded(part) for name, part in shape.items()}
+        free = shape.get("type") == "string" and not {"enum", "const", "maxLength", "pattern", "format"} & set(shape)
+        return {**bounded, "maxLength": _LONGEST} if free else bounded
+    return [_bounded(part) for part in shape] if isinstance(shape, list) else shape
+
+
 class GGUFModel:
     """A GGUF model, run by llama.cpp in this process.
 
     **JSON.** A prompt's schema is compiled to a grammar, and the model can write nothing else, except that a reply
-    ends at `max_tokens` or the end of the context, with half the JSON. A schema that llama.cpp can't compile may hold
+    ends at `max_tokens` or the end of the context, with half the JSON. Small models repeat themselves without end, so
+    a text without a `maxLength` gets one of 400 characters. A schema that llama.cpp can't compile may hold
     to nothing: check the reply.
 
     **What is promised.** With `slots=1` and `reuse=False` (the defaults) a reply is a function of its prompt, on one
@@ -241,12 +252,14 @@ class GGUFModel:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if prompt.schema is not None and self.config.compact and self._guided:
-            schema = {**prompt.schema, "x-guidance": _COMPACT}
-            body["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
-        elif prompt.schema is not None:
-            schema = {"name": "reply", "strict": True, "schema": dict(prompt.schema)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if prompt.schema is None:
+            return body
+        schema = _bounded(prompt.schema)
+        if self.config.compact and self._guided:
+            body["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps({**schema, 'x-guidance': _COMPACT})}"
+        else:
+            told = {"name": "reply", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": told}
         return body
 
     def _plain(self, text: str) -> str:

@@ -21,7 +21,7 @@ from echelon.llm._trainable import Adapt, Trainable
 from echelon.llm.store import ModelStore
 from echelon.rng import uniform
 
-__all__ = ["TokenPolicy", "TokenPrompt", "TokenSample"]
+__all__ = ["Adapt", "TokenPolicy", "TokenPrompt", "TokenSample"]
 
 _HEAD_ROWS = 256  # tokens whose logits over the whole vocabulary are held at a time
 _LIKELY = 64  # tokens that are sorted first where only the likeliest may be drawn

@@ -18,8 +18,14 @@ from echelon.reports.replay import Replay
 
 __all__ = [
     "AGENT_COLOURS",
+    "BOTTOM",
     "COLOURS",
+    "HEIGHT",
+    "LEFT",
+    "RIGHT",
+    "TOP",
     "TSR_AXIS",
+    "WIDTH",
     "Axis",
     "Figure",
     "Forest",
@@ -30,6 +36,7 @@ __all__ = [
     "Series",
     "Style",
     "clean",
+    "exact_axis",
     "linear_axis",
     "log_axis",
     "mark_scale",
@@ -40,7 +47,10 @@ __all__ = [
     "positive_axis",
     "short",
     "stretches",
+    "svg_line",
+    "svg_text",
     "swatch_svg",
+    "tenth",
     "wall_runs",
 ]
 
@@ -88,14 +98,14 @@ def method_styles(methods: Iterable[str]) -> dict[str, Style]:
     """A style for each method: its own where Echelon knows it, else the next that nobody has."""
     methods = list(dict.fromkeys(methods))
     styles = {name: _KNOWN[name] for name in methods if name in _KNOWN}
-    taken = set(_KNOWN.values())
-    spare = (
-        style
-        for marker in (*MARKERS[4:], *MARKERS[:4])
-        for dash in DASHES
-        for colour in range(len(COLOURS))
-        if (style := Style(colour, marker, dash)) not in taken
-    )
+    dashes, taken = list(DASHES), {(style.marker, style.dash) for style in _KNOWN.values()}
+    # All three change from one to the next; marker and dash come together again only after 40.
+    every = (Style(k % len(COLOURS), MARKERS[(k + 4) % len(MARKERS)], dashes[k % len(dashes)]) for k in range(280))
+    own, others = list[Style](), list[Style]()
+    for style in every:
+        if style not in _KNOWN.values():
+            (others if (style.marker, style.dash) in taken else own).append(style)
+    spare = iter([*own, *others])
     for name in methods:
         if name not in styles:
             styles[name] = next(spare)
@@ -148,6 +158,13 @@ def linear_axis(label: str, high: float, low: float = 0.0) -> Axis:
     first, count = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple((k * step, short(round(k * step, 12))) for k in range(first, count + 1))
     return Axis(label, ticks[0][0], ticks[-1][0], ticks)
+
+
+def exact_axis(label: str, high: float, low: float = 0.0) -> Axis:
+    """As `linear_axis`, but from `low` to `high` and no further: of steps, which end a little above a round number."""
+    whole = linear_axis(label, high, low)
+    ticks = tuple(tick for tick in whole.ticks if low <= tick[0] <= high)
+    return Axis(label, low, high, ticks) if high > low and len(ticks) > 1 else whole
 
 
 def log_axis(label: str, values: Sequence[float]) -> Axis:
@@ -298,34 +315,39 @@ def mark_scale(drawn: PathMap) -> float:
 
 # ---------------------------------------------------------------- inline SVG
 
-_W, _H = 360.0, 236.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 14.0, 26.0, 40.0
+WIDTH, HEIGHT = 360.0, 236.0
+"""Of a panel, in its own units."""
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 14.0, 26.0, 40.0
+"""Its margins, outside the axes."""
 
 
-def _n(value: float) -> str:
+def tenth(value: float) -> str:
     """A coordinate to a tenth, without a trailing zero."""
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+def svg_text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+    """Words at a place, as SVG."""
     cls = f' class="{kind}"' if kind else ""
-    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}"{cls}>{html.escape(clean(words))}</text>'
+    return f'<text x="{tenth(x)}" y="{tenth(y)}" text-anchor="{anchor}"{cls}>{html.escape(clean(words))}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<path class="{kind}" d="M{_n(x1)} {_n(y1)}L{_n(x2)} {_n(y2)}"/>'
+    return f'<path class="{kind}" d="M{tenth(x1)} {tenth(y1)}L{tenth(x2)} {tenth(y2)}"/>'
 
 
-def _points(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
+def svg_line(points: Iterable[tuple[float, float]]) -> str:
+    """The path through some points, as SVG has it in `d`."""
+    return "M" + "L".join(f"{tenth(x)} {tenth(y)}" for x, y in points)
 
 
 def _marker(x: float, y: float, style: Style, hollow: bool = False, size: float = 4.0) -> str:
     """A marker's path around (x, y); its area is about the same for every shape."""
     s = size
     if style.marker == "circle":
-        d = f"M{_n(x - s)} {_n(y)}a{_n(s)} {_n(s)} 0 1 0 {_n(2 * s)} 0a{_n(s)} {_n(s)} 0 1 0 {_n(-2 * s)} 0z"
+        half = f"a{tenth(s)} {tenth(s)} 0 1 0"
+        d = f"M{tenth(x - s)} {tenth(y)}{half} {tenth(2 * s)} 0{half} {tenth(-2 * s)} 0z"
     else:
         shapes: dict[str, tuple[tuple[float, float], ...]] = {
             "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
@@ -343,7 +365,7 @@ def _marker(x: float, y: float, style: Style, hollow: bool = False, size: float 
                 for k in range(10)
             ),
         }  # fmt: skip
-        d = _points((x + s * a, y + s * b) for a, b in shapes[style.marker]) + "z"
+        d = svg_line((x + s * a, y + s * b) for a, b in shapes[style.marker]) + "z"
     return f'<path class="mark c{style.colour}{" hollow" if hollow else ""}" d="{d}"/>'
 
 
@@ -368,13 +390,13 @@ def panel_svg(panel: Panel, label: str) -> str:
         size, body = (panel.width, panel.height), _path_map_svg(panel)
         kind = f'chart map" style="--w:{mark_scale(panel):.2f}'
     elif isinstance(panel, Forest):
-        size, body = (_W, 52 + 24 * len(panel.rows)), _forest_svg(panel)
+        size, body = (WIDTH, 52 + 24 * len(panel.rows)), _forest_svg(panel)
         kind = "chart"
     else:
-        size, body = (_W, _H), _plot_svg(panel)
+        size, body = (WIDTH, HEIGHT), _plot_svg(panel)
         kind = "chart"
     return (
-        f'<svg class="{kind}" viewBox="0 0 {_n(size[0])} {_n(size[1])}" role="img" '
+        f'<svg class="{kind}" viewBox="0 0 {tenth(size[0])} {tenth(size[1])}" role="img" '
         f'aria-label="{html.escape(clean(label))}">{body}</svg>'
     )
 
@@ -382,33 +404,33 @@ def panel_svg(panel: Panel, label: str) -> str:
 def _frame(x: Axis, y: Axis, inset: float) -> list[str]:
     """Grid, ticks and names of the axes."""
     parts = []
-    bottom = _H - _BOTTOM
+    bottom = HEIGHT - BOTTOM
     for value, words in y.ticks:
-        at = bottom - y.part(value) * (bottom - _TOP)
-        parts.append(_line(_LEFT, at, _W - _RIGHT, at, "grid"))
-        parts.append(_text(_LEFT - 6, at + 4, words, "end"))
+        at = bottom - y.part(value) * (bottom - TOP)
+        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "grid"))
+        parts.append(svg_text(LEFT - 6, at + 4, words, "end"))
     for value, words in x.ticks:
-        at = _LEFT + inset + x.part(value) * (_W - _RIGHT - _LEFT - 2 * inset)
+        at = LEFT + inset + x.part(value) * (WIDTH - RIGHT - LEFT - 2 * inset)
         parts.append(_line(at, bottom, at, bottom + 4, "axis"))
-        parts.append(_text(at, bottom + 17, words, "middle"))
-    parts.append(_line(_LEFT, bottom, _W - _RIGHT, bottom, "axis"))
-    parts.append(_text(4, 12, y.label, "start", "name"))
-    parts.append(_text((_LEFT + _W - _RIGHT) / 2, _H - 6, x.label, "middle", "name"))
+        parts.append(svg_text(at, bottom + 17, words, "middle"))
+    parts.append(_line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"))
+    parts.append(svg_text(4, 12, y.label, "start", "name"))
+    parts.append(svg_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x.label, "middle", "name"))
     return parts
 
 
 def _plot_svg(plot: Plot) -> str:
     inset = 18.0 if plot.bars else 2.0
-    bottom, wide = _H - _BOTTOM, _W - _RIGHT - _LEFT - 2 * inset
+    bottom, wide = HEIGHT - BOTTOM, WIDTH - RIGHT - LEFT - 2 * inset
     parts = _frame(plot.x, plot.y, inset)
     count = len(plot.series)
 
     def at_x(value: float) -> float:
-        return _LEFT + inset + plot.x.part(value) * wide
+        return LEFT + inset + plot.x.part(value) * wide
 
     def at_y(value: float) -> float:
         # An interval may reach beyond the axis (Student's does below 0); it is cut at the frame.
-        return bottom - min(1.0, max(0.0, plot.y.part(value))) * (bottom - _TOP)
+        return bottom - min(1.0, max(0.0, plot.y.part(value))) * (bottom - TOP)
 
     if not plot.bars:
         for s in plot.series:
@@ -416,7 +438,7 @@ def _plot_svg(plot: Plot) -> str:
                 upper = _stairs(s.x, s.high) if plot.stairs else list(zip(s.x, s.high, strict=True))
                 lower = _stairs(s.x, s.low) if plot.stairs else list(zip(s.x, s.low, strict=True))
                 ring = [(at_x(x), at_y(y)) for x, y in (*upper, *reversed(lower))]
-                parts.append(f'<path class="band c{s.style.colour}" d="{_points(ring)}z"/>')
+                parts.append(f'<path class="band c{s.style.colour}" d="{svg_line(ring)}z"/>')
     for i, s in enumerate(plot.series):
         beside = (i - (count - 1) / 2) * min(4.5, 30 / count) if plot.bars else 0.0
         places = [(at_x(x) + beside, at_y(y)) for x, y in zip(s.x, s.y, strict=True)]
@@ -427,7 +449,7 @@ def _plot_svg(plot: Plot) -> str:
             if plot.stairs:
                 way = [(at_x(x), at_y(y)) for x, y in _stairs(s.x[first:end], s.y[first:end])]
             if len(way) > 1:
-                parts.append(f'<path class="line c{s.style.colour}{weight}" d="{_points(way)}"{_dash(s.style)}/>')
+                parts.append(f'<path class="line c{s.style.colour}{weight}" d="{svg_line(way)}"{_dash(s.style)}/>')
         if plot.bars and s.low:
             for (x, _), low, high in zip(places, s.low, s.high, strict=True):
                 if high > low:
@@ -455,22 +477,22 @@ def _forest_svg(forest: Forest) -> str:
     longest = max((len(clean(r.label)) for r in forest.rows), default=0)
     left, right, top, row = min(190.0, 20 + 6.0 * longest), 16.0, 10.0, 24.0
     bottom = top + row * len(forest.rows)
-    wide = _W - right - left
+    wide = WIDTH - right - left
     parts = []
     for value, words in forest.x.ticks:
         at = left + forest.x.part(value) * wide
         parts.append(_line(at, top, at, bottom, "grid"))
-        parts.append(_text(at, bottom + 16, words, "middle"))
-    parts.append(_line(left, bottom, _W - right, bottom, "axis"))
+        parts.append(svg_text(at, bottom + 16, words, "middle"))
+    parts.append(_line(left, bottom, WIDTH - right, bottom, "axis"))
     if forest.reference is not None:
         at = left + forest.x.part(forest.reference) * wide
         parts.append(_line(at, top, at, bottom, "reference"))
-    parts.append(_text(left + wide / 2, bottom + 36, forest.x.label, "middle", "name"))
+    parts.append(svg_text(left + wide / 2, bottom + 36, forest.x.label, "middle", "name"))
     for k, r in enumerate(forest.rows):
         y = top + row * (k + 0.5)
         low, mid, high = (left + min(1.0, max(0.0, forest.x.part(v))) * wide for v in (r.low, r.value, r.high))
         words = clean(r.label)
-        parts.append(_text(left - 8, y + 4, words if len(words) <= 29 else words[:28] + "…", "end"))
+        parts.append(svg_text(left - 8, y + 4, words if len(words) <= 29 else words[:28] + "…", "end"))
         parts.append(_line(low, y, high, y, f"whisker c{r.style.colour}"))
         parts.append(_marker(mid, y, r.style))
     return "".join(parts)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from echelon.evaluation.convergence import kaplan_meier
-from echelon.reports.charts import TSR_AXIS, Axis, Figure, Panel, Plot, Series, Style, linear_axis, positive_axis
+from echelon.reports.charts import TSR_AXIS, Axis, Figure, Panel, Plot, Series, Style, exact_axis, positive_axis
 from echelon.reports.parts import (
     Document,
     Section,
@@ -246,7 +246,7 @@ def _curves(study: Study, world: World) -> Plot | None:
     if not series:
         return None
     note = ("; ".join(notes),) if notes else ()
-    return Plot(study.label(world), linear_axis("environment steps", horizon), TSR_AXIS, tuple(series), notes=note)
+    return Plot(study.label(world), exact_axis("environment steps", horizon), TSR_AXIS, tuple(series), notes=note)
 
 
 def _convergence(study: Study, section: Section) -> None:
@@ -280,7 +280,7 @@ def _convergence(study: Study, section: Section) -> None:
                 series.append(Series(entry["method"], study.styles[entry["method"]], x, y))
         if series:
             axis = Axis("still learning", 0.0, 1.0, TSR_AXIS.ticks)
-            x_axis = linear_axis("environment steps", horizon)
+            x_axis = exact_axis("environment steps", horizon)
             panels.append(Plot(study.label(world), x_axis, axis, tuple(series), stairs=True))
             present |= {s.name for s in series}
     section.figure(

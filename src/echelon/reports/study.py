@@ -79,6 +79,7 @@ def write_report(
     analysis: Document,
     *,
     replays: Mapping[str, Path] | None = None,
+    accounts: Mapping[str, str] | None = None,
     tuning: str = TUNING,
 ) -> Path:
     """Write `folder/report.html`, and its figures as `folder/figures/<name>.svg` and `.pdf`.
@@ -91,6 +92,7 @@ def write_report(
         analysis: what `studies.analysis.analyse` made of them.
         replays: recorded episodes by run id (`echelon-replay` documents). One that can't be read is named on
             the page with the reason.
+        accounts: pages of what was diagnosed, tried and promoted in a run, by its id: addresses as seen from `folder`.
         tuning: how the baselines were tuned, a paragraph of plain text.
 
     Returns:
@@ -99,7 +101,7 @@ def write_report(
     Raises:
         EchelonError: another format, a replay of an unknown run, or the files can't be written.
     """
-    page, figures = _make(results, analysis, replays or {}, tuning)
+    page, figures = _make(results, analysis, replays or {}, accounts or {}, tuning)
     drawings: dict[str, bytes] = {}
     for figure in figures:
         drawings[f"{figure.name}.svg"] = figure_svg(figure)
@@ -119,10 +121,12 @@ def render_report(
     Raises:
         EchelonError: another format, or a replay of an unknown run.
     """
-    return _make(results, analysis, replays or {}, tuning)[0]
+    return _make(results, analysis, replays or {}, {}, tuning)[0]
 
 
-def _make(results: Document, analysis: Document, replays: Mapping[str, Path], tuning: str) -> tuple[str, list[Figure]]:
+def _make(
+    results: Document, analysis: Document, replays: Mapping[str, Path], accounts: Mapping[str, str], tuning: str
+) -> tuple[str, list[Figure]]:
     for what, document in (("results", results), ("analysis", analysis)):
         if document.get("format") != 1:
             raise EchelonError(f"the study's {what} are of format {document.get('format')!r}; this Echelon reads 1")
@@ -140,7 +144,7 @@ def _make(results: Document, analysis: Document, replays: Mapping[str, Path], tu
         paths(study, teams),
         collisions(study),
         significance(study),
-        _runs(study),
+        _runs(study, accounts),
         _reproduce(study, tuning),
     ]
     return _page(study, sections, teams), [figure for section in sections for figure in section.figures]
@@ -373,7 +377,7 @@ def _verdict(word: str) -> str:
 # ---------------------------------------------------------------- runs
 
 
-def _runs(study: Study) -> Section:
+def _runs(study: Study, accounts: Mapping[str, str]) -> Section:
     section = Section("runs", "All runs")
     for status, title in (("failed", "Failed runs"), ("pending", "Pending runs")):
         found = [run for run in study.runs if run["status"] == status]
@@ -411,7 +415,7 @@ def _runs(study: Study) -> Section:
             if not runs:
                 continue
             title = f"{method_label(study, method)} {esc(study.label(world, whole=True))}"
-            rows = "".join(map(_run_row, runs))
+            rows = "".join(_run_row(run, accounts.get(run["id"])) for run in runs)
             groups.append(
                 f'<tbody id="{cell_anchor(world, method)}"><tr class="group">'
                 f'<th colspan="{len(head)}" scope="rowgroup">{title}</th></tr>{rows}</tbody>'
@@ -420,10 +424,11 @@ def _runs(study: Study) -> Section:
     return section
 
 
-def _run_row(run: Document) -> str:
+def _run_row(run: Document, account: str | None) -> str:
+    more = f' <a href="{esc(account)}">account</a>' if account else ""
     start = (
         f'<tr id="{run_anchor(run["id"])}" data-status="{esc(run["status"])}"><th scope="row" class="id">'
-        f'{esc(run["id"])}</th><td>{esc(run["seed"])}</td><td><span class="status {esc(run["status"])}">'
+        f'{esc(run["id"])}{more}</th><td>{esc(run["seed"])}</td><td><span class="status {esc(run["status"])}">'
         f"{esc(run['status'])}</span></td>"
     )
     if run["status"] != "finished":

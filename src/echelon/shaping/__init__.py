@@ -5,39 +5,44 @@ One file a world says what its terms are, and one line below makes them known.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from echelon._lazy import lazily
 from echelon.shaping.base import ShapingConfig, TermSet, mode_table, register, shaped_worlds, term_set
-from echelon.shaping.candidates import (
-    CONTINUING_TYPES,
-    FALLBACK_TYPES,
-    INITIAL_TYPES,
-    Candidate,
-    Checked,
-    CriticCard,
-    GeneratorReply,
-    Proposal,
-    ResultDiagnosis,
-    check_candidates,
-    is_nontrivial,
-    read_reply,
-)
 from echelon.shaping.evidence import Behaviour, CurveFeatures, Recording, behaviour, curve_features, evidence, flags
-from echelon.shaping.gate import Summary, Verdict, gate, reference_leads, score_lead, summarise
+from echelon.shaping.gate import Summary, Verdict, gate, hopeless, reference_leads, score_lead, summarise
 from echelon.shaping.potential import PotentialShaper, ShapingRules, mixture, relabel
-from echelon.shaping.proposers import (
-    HeuristicProposer,
-    ModelProposer,
-    Proposed,
-    Proposer,
-    RecordedProposer,
-    Situation,
-    Trial,
-    make_proposer,
-    needs_model,
-)
 from echelon.shaping.repair import REPAIR
 from echelon.shaping.search import SEARCH
 from echelon.shaping.settings import ShapingSettings
 from echelon.shaping.warehouse import WAREHOUSE
+
+if TYPE_CHECKING:
+    from echelon.shaping.candidates import (
+        CONTINUING_TYPES,
+        FALLBACK_TYPES,
+        INITIAL_TYPES,
+        Candidate,
+        Checked,
+        CriticCard,
+        GeneratorReply,
+        Proposal,
+        ResultDiagnosis,
+        check_candidates,
+        is_nontrivial,
+        read_reply,
+    )
+    from echelon.shaping.proposers import (
+        HeuristicProposer,
+        ModelProposer,
+        Proposed,
+        Proposer,
+        RecordedProposer,
+        Situation,
+        Trial,
+        make_proposer,
+        needs_model,
+    )
 
 __all__ = [
     "CONTINUING_TYPES",
@@ -72,6 +77,7 @@ __all__ = [
     "evidence",
     "flags",
     "gate",
+    "hopeless",
     "is_nontrivial",
     "make_proposer",
     "mixture",
@@ -90,3 +96,5 @@ __all__ = [
 register(WAREHOUSE)
 register(SEARCH)
 register(REPAIR)
+
+__getattr__ = lazily(__name__, "candidates", "proposers")

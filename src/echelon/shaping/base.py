@@ -197,7 +197,7 @@ class TermSet:
         """What β is a share of: six times the most task reward that an episode can bring, at least 10 (our choice).
 
         LLM-ALSO's worlds are small and pay at most 1 an episode. What a step adds to a potential shrinks with the map
-        and with what the world pays; with less than this MAPPO on 80x80 and QMIX on 40x40 hardly feel it
+        and with what the world pays; with less than this both MAPPO and QMIX learnt later in pilots
         (docs/results/also.md).
         """
         return max(6.0 * env.goals, 10.0)

@@ -6,11 +6,12 @@ proposal against the rules; what is wrong with it is said in lines that a repair
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from echelon.errors import EchelonError
 from echelon.llm.prompts import clean
@@ -68,9 +69,15 @@ def _short(text: str) -> str:
     return clean(text)[:600]
 
 
+def _named(text: object) -> object:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-")[:64] if isinstance(text, str) else text
+
+
 Line = Annotated[str, Field(max_length=4000), AfterValidator(_short)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Lines = Annotated[list[Line], Field(max_length=12)]
+# Names of one's own may be put into any words: they are made names.
+OwnName = Annotated[str, Field(min_length=1, max_length=64), BeforeValidator(_named)]
 Stage = Literal["exploration", "acceleration", "plateau", "regression", "uncertain"]
 
 
@@ -82,18 +89,18 @@ class _Reply(BaseModel):
 class CriticCard(_Reply):
     """The Critic's diagnosis: all that the Generator gets to see. Texts are one line each, at most 600 characters."""
 
-    analysis_summary: Line
-    failure_modes: Lines
-    reward_design_needs: Lines
-    initial_search_priors: Lines
-    risky_directions: Lines
-    objective_interpretation: Line
+    analysis_summary: Annotated[Line, Field(description="what the team does, and where it gets stuck")]
+    failure_modes: Annotated[Lines, Field(description="a way in which it fails")]
+    reward_design_needs: Annotated[Lines, Field(description="what the added reward should pay for")]
+    initial_search_priors: Annotated[Lines, Field(description="a term or mixture to try first, and why")]
+    risky_directions: Annotated[Lines, Field(description="what an added reward could teach wrongly")]
+    objective_interpretation: Annotated[Line, Field(description="what the task reward asks for")]
 
 
 class Proposal(_Reply):
     """One configuration as the Generator writes it."""
 
-    candidate_id: Name
+    candidate_id: OwnName
     candidate_type: Name
     pbrs_version: Literal["v2"] = "v2"
     mode: Name

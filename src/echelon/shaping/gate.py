@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from echelon.errors import EchelonError, unknown_name
 
-__all__ = ["LAST", "Summary", "Verdict", "gate", "reference_leads", "score_lead", "summarise"]
+__all__ = ["LAST", "Summary", "Verdict", "gate", "hopeless", "reference_leads", "score_lead", "summarise"]
 
 LAST = 5
 """Evaluations at a curve's end that count as its last ones."""
@@ -34,6 +34,7 @@ class Summary:
         auc: area under the curve: the mean of all of them.
         final: the last one; best: the best one.
         std: standard deviation of the last five.
+        gap: see `spike_gap`; None: `best - last_k`.
         problem: why the branch can't be judged (unfinished, its checkpoint missing, …), or None.
         config: what the branch changed to, or None; of branches with equal ones only one counts.
     """
@@ -45,6 +46,7 @@ class Summary:
     std: float
     problem: str | None = None
     config: Hashable = None
+    gap: float | None = None
 
     @property
     def fault(self) -> str | None:
@@ -52,16 +54,17 @@ class Summary:
         if self.problem is not None:
             return self.problem
         wrong = [name for name in _NUMBERS if not math.isfinite(getattr(self, name))]
+        wrong += ["spike_gap"] if self.gap is not None and not math.isfinite(self.gap) else []
         return f"{' and '.join(wrong)} not finite" if wrong else None
 
     @property
     def spike_gap(self) -> float:
         """How far the last evaluations are below the best one."""
-        return self.best - self.last_k
+        return self.best - self.last_k if self.gap is None else self.gap
 
     @property
     def score(self) -> float:
-        """`0.35 last_k + 0.35 auc + 0.20 final + 0.10 best - 0.10 (spike_gap + std)`.
+        """`0.35 last_k + 0.35 auc + 0.20 final + 0.10 best - 0.10 (best - last_k + std)`.
 
         Written out, `best` falls out of it: a single peak is worth nothing.
         """
@@ -100,8 +103,8 @@ def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = 
             seeds is taken first.
         best_return: what the curve is divided by: the most that an episode can bring (above 0).
         config: see `Summary`.
-        rising: a rise is no spike (our choice): what `std` is of has its upward trend taken away, and `best` is such
-            that `spike_gap` is how far the evaluations from the best one on, at most the last five, lie below it. By
+        rising: a rise is no spike (our choice): what `std` is of has its upward trend taken away, and `spike_gap` is
+            how far the evaluations from the best one on, at most the last five, lie below it. By
             the published numbers a branch that still learns fast at its end is as unsteady as one that fell from a
             peak, and is rejected for it. Scores but for the part of `std` stay the same.
 
@@ -119,10 +122,11 @@ def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = 
         return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, "an evaluation isn't finite", config)
     points = (points.mean(0) if points.ndim == 2 else points) / best_return
     last = points[-LAST:]
-    best, steady = float(points.max()), last
+    best, steady, gap = float(points.max()), last, None
     if rising:
         peak = len(points) - 1 - int(points[::-1].argmax())  # of equals the last one
-        best += float(last.mean() - points[peak:][-LAST:].mean())
+        lowered = best - float(points[peak:][-LAST:].mean())
+        gap = lowered if lowered != best - float(last.mean()) else None
         at = np.arange(len(last)) - (len(last) - 1) / 2
         slope = float(at @ last) / max(float(at @ at), 0.5)
         steady = last - max(slope, 0.0) * at
@@ -133,6 +137,7 @@ def summarise(curve: ArrayLike, *, best_return: float = 1.0, config: Hashable = 
         best=best,
         std=float(steady.std()),
         config=config,
+        gap=gap,
     )
 
 
@@ -219,7 +224,8 @@ def gate(
 
     Args:
         control: summary of the branch without a change: a `Summary`, a dict, or a tuple (last_k, auc, final, best,
-            std). A dict may also have `valid` (bool), `problem` and `config`. None: it can't be judged.
+            std). A dict may also have `spike_gap`, `valid` (bool), `problem` and `config` (and `score`, which is worked
+            out anew): one of an account's `summaries` will do. None: it can't be judged.
         candidates: the same by name.
         reference: the same of a run with a fixed dense reward, or None; one that can't be judged is left out.
         first_replacement: the configuration in force is still the first one.
@@ -256,6 +262,20 @@ def gate(
     if against:
         return Verdict(False, None, against, best, rejected, scores)
     return Verdict(True, best, tuple(f"{best}: {text}" for _, text in checks), best, rejected, scores)
+
+
+def hopeless(
+    control: SummaryLike, *, first_replacement: bool = False, low_return: bool = True, soft: bool = False
+) -> bool:
+    """Whether the gate would refuse a perfect branch, too, beside a control like this one: margins end above 1.
+
+    With `low_return` that is so from `last_k` 0.91 on: branches would only cost their steps.
+
+    Args:
+        control, first_replacement, low_return, soft: see `gate`.
+    """
+    perfect = {"perfect": Summary(1.0, 1.0, 1.0, 1.0, 0.0)}
+    return not gate(control, perfect, first_replacement=first_replacement, low_return=low_return, soft=soft).accepted
 
 
 def _rules(
@@ -312,7 +332,7 @@ def _read(name: str, given: SummaryLike) -> Summary:
     if given is None:
         return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, "there is no summary")
     if isinstance(given, Mapping):
-        known = {*_NUMBERS, "valid", "problem", "config"}
+        known = {*_NUMBERS, "spike_gap", "score", "valid", "problem", "config"}
         for key in given:
             if key not in known:
                 raise unknown_name(f"part of the summary of {name}", str(key), known)
@@ -321,13 +341,14 @@ def _read(name: str, given: SummaryLike) -> Summary:
             raise EchelonError(f"the summary of {name} lacks {', '.join(lacks)}")
         values = [given[key] for key in _NUMBERS]
         problem = given.get("problem") or (None if given.get("valid", True) else "the branch isn't valid")
-        config = given.get("config")
+        config, gap = given.get("config"), given.get("spike_gap")
     else:
-        values, problem, config = list(given), None, None
+        values, problem, config, gap = list(given), None, None, None
         if len(values) != len(_NUMBERS):
             raise EchelonError(f"the summary of {name} has {len(values)} numbers, not {', '.join(_NUMBERS)}")
     try:
         last_k, auc, final, best, std = (float(value) for value in values)
+        gap = None if gap is None else float(gap)
     except (TypeError, ValueError):
         raise EchelonError(f"the summary of {name} holds something that is no number") from None
-    return Summary(last_k, auc, final, best, std, problem, config)
+    return Summary(last_k, auc, final, best, std, problem, config, gap)

@@ -102,12 +102,21 @@ class ModelProposer:
             "evidence": _evidence(situation.evidence),
             "trials": _trials(situation),
         }
-        texts = {"type": "array", "items": {"type": "string"}, "maxItems": 12}
+        fields = {name: (field, str(field.description)) for name, field in CriticCard.model_fields.items()}
         shape = {
-            name: texts if str(field.annotation).startswith("list") else {"type": "string"}
-            for name, field in CriticCard.model_fields.items()
+            name: _texts(what) if str(field.annotation).startswith("list") else _text(what)
+            for name, (field, what) in fields.items()
         }
-        return self._ask("critic", situation, told, _object(**shape), CriticCard)
+
+        def check(card: CriticCard) -> list[str]:
+            # Small models copy the example: that is no diagnosis.
+            own = {name: [text.strip("<> ") for text in _strings(getattr(card, name))] for name in fields}
+            return [
+                f"{name}: your own words are wanted there" for name, (_, what) in fields.items() if what in own[name]
+            ]
+
+        card, note = self._ask("critic", situation, told, _object(**shape), CriticCard, check)
+        return None if card is None or check(card) else card, note
 
     def propose(self, situation: Situation, card: CriticCard | None) -> Proposed:
         """The Generator's candidates: it is told the card instead of the evidence, if there is one."""
@@ -162,15 +171,14 @@ class ModelProposer:
 
         told = {"current": _config(situation.current, situation.terms), "trials": _trials(situation)}
         one = {"type": "string", "enum": known}
-        texts = {"type": "array", "items": {"type": "string"}, "maxItems": 12}
         shape = _object(
-            ranking={"type": "array", "items": one},
+            ranking={"type": "array", "items": one, "maxItems": len(known)},
             recommended_candidate_id={"anyOf": [one, {"type": "null"}]},
             decision={"type": "string", "enum": ["update", "no_change"]},
             confidence={"type": "number", "minimum": 0, "maximum": 1},
-            metric_basis=texts,
-            short_reason={"type": "string"},
-            risk_notes=texts,
+            metric_basis=_texts("a number that decided"),
+            short_reason=_text("why"),
+            risk_notes=_texts("what could go wrong"),
         )
         reply, note = self._ask("review", situation, told, shape, ResultDiagnosis, check)
         if reply is not None and check(reply):
@@ -251,21 +259,33 @@ def _object(**properties: Any) -> dict[str, Any]:
     }
 
 
+def _text(what: str) -> dict[str, Any]:
+    return {"type": "string", "description": what}
+
+
+def _texts(what: str) -> dict[str, Any]:
+    return {"type": "array", "items": _text(what), "maxItems": 12}
+
+
+def _strings(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _reply_shape(situation: Situation) -> dict[str, Any]:
     """The JSON schema of a Generator's reply: all words that it may use are named."""
-    text, number = {"type": "string"}, {"type": "number", "minimum": 0}
+    number, terms = {"type": "number", "minimum": 0}, list(situation.terms.names)
     candidate = _object(
-        candidate_id=text,
+        candidate_id=_text("a short name"),
         candidate_type={"type": "string", "enum": list(situation.types)},
         pbrs_version={"type": "string", "enum": ["v2"]},
         mode={"type": "string", "enum": list(situation.terms.modes)},
         beta={"type": "number", "minimum": 0, "maximum": 1},
-        active_terms={"type": "array", "items": {"type": "string", "enum": list(situation.terms.names)}},
-        weights=_object(**dict.fromkeys(situation.terms.names, number)),
-        rationale=text,
-        expected_effect=text,
-        risk_notes=text,
-        evidence_keys_used={"type": "array", "items": text, "maxItems": 12},
+        active_terms={"type": "array", "items": {"type": "string", "enum": terms}, "maxItems": len(terms)},
+        weights=_object(**dict.fromkeys(terms, number)),
+        rationale=_text("why it should help"),
+        expected_effect=_text("what should change"),
+        risk_notes=_text("what could go wrong"),
+        evidence_keys_used=_texts("a number or a flag that it rests on"),
     )
     return _object(
         stage_diagnosis={"type": "string", "enum": list(get_args(Stage))},
@@ -289,7 +309,7 @@ def _example(shape: Mapping[str, Any]) -> Any:
         return {name: _example(part) for name, part in shape["properties"].items()}
     if kind == "array":
         return [_example(shape["items"])]
-    return {"string": "one line of text", "number": 0.5, "null": "null"}[kind]
+    return {"string": f"<{shape.get('description')}>", "number": 0.5, "null": "null"}[kind]
 
 
 # -- what prompts tell -------------------------------------------------------------------------
@@ -349,13 +369,16 @@ def _trials(situation: Situation) -> Block:
     for i, trial in enumerate(situation.trials):
         if i < first:
             continue
-        when = "earlier" if i < situation.earlier else "at this checkpoint"
-        told.append(f"- {_trial(trial, situation.terms)} (tried {when})")
+        earlier = i < situation.earlier
+        word = "refused" if not trial.accepted else "accepted" if earlier else "good enough so far"
+        told.append(
+            f"- {_trial(trial, word, situation.terms)} (tried {'earlier' if earlier else 'at this checkpoint'})"
+        )
     return _block(["Tried so far (never again):", *told] if situation.trials else told)
 
 
-def _trial(trial: Trial, terms: TermSet) -> str:
-    candidate, verdict = trial.candidate, "accepted" if trial.accepted else "refused"
+def _trial(trial: Trial, verdict: str, terms: TermSet) -> str:
+    candidate = trial.candidate
     why = f" because {'; '.join(trial.reasons)}"[:300] if trial.reasons and not trial.accepted else ""
     config = _config(candidate.config, terms)
     return f"{candidate.id} ({candidate.type}): {config}: {_numbers(trial.summary)}: {verdict}{why}"

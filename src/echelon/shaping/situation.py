@@ -28,7 +28,8 @@ class Trial:
     Attributes:
         candidate: what was tried.
         summary: what came of it: `last_k`, `auc`, `final`, `best`, `std` and perhaps more (see `gate.Summary`).
-        accepted: whether it replaced the configuration in force.
+        accepted: whether it replaced the configuration in force; while a checkpoint's rounds go on, whether the gate
+            would let it in if it were the only one.
         reasons: what the gate said.
     """
 

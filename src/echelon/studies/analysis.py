@@ -221,12 +221,19 @@ def _finishing(run: Run) -> float | None:
 
 
 def _curve(runs: list[Run], boot: Json) -> Json | None:
-    """TSR over training, at the steps that all runs were evaluated at."""
+    """TSR over training, at the steps that all runs were evaluated at.
+
+    Runs that spend steps on branches are evaluated at steps of their own: then at those of the first run as far as all
+    of them go, the others' between two evaluations on the line through these.
+    """
     by_run = [{e["step"]: e["tsr"] for e in r["evaluations"]} for r in runs]
     steps = sorted(set.intersection(*map(set, by_run))) if by_run else []
+    if len(steps) < min(map(len, by_run), default=0):
+        steps = [s for s in by_run[0] if s <= min(map(max, by_run))]
     if len(steps) < 2:
         return None
-    points = [stratified_bootstrap(mean_score, [[c[s] for c in by_run]], **boot) for s in steps]
+    curves = [np.interp(steps, list(c), list(c.values())) for c in by_run]
+    points = [stratified_bootstrap(mean_score, [values], **boot) for values in np.stack(curves, axis=1)]
     return {"steps": steps} | {k: [getattr(p, k) for p in points] for k in ("value", "low", "high")}
 
 

@@ -57,7 +57,7 @@ def estimate(run: RunConfig, protocol: Protocol) -> Cost:
         return Cost(seconds, steps=float(steps))
     if kind.executor == "model":
         return Cost(seconds + _LOAD + _MOVE_SECONDS, _MOVES, _MOVE_TOKENS)
-    share = max(1, round(run.model_share * run.num_envs)) / run.num_envs
+    share = run.own_worlds / run.num_envs
     questions = steps * share * env.num_agents * _QUESTIONS + episodes * _EPISODE_QUESTIONS
     seconds += _LOAD + questions * _QUESTION_SECONDS
     return Cost(seconds, _CALLS * env.size, _TOKENS * env.size, float(steps))

@@ -23,13 +23,14 @@ from echelon.checkpoints import FORMAT as CHECKPOINT_FORMAT
 from echelon.checkpoints import checkpoints_of
 from echelon.errors import EchelonError, StorageError
 from echelon.evaluation.protocol import FORMAT as PROTOCOL_FORMAT
-from echelon.runs import processor, steps_done, versions
+from echelon.extensions import resolved
+from echelon.runs import processor, versions
 from echelon.studies.backends import Backend, cores
-from echelon.studies.costs import estimate
+from echelon.studies.kinds import kind_of
 from echelon.studies.spec import Study, StudyRun, study_to_toml
 from echelon.studies.work import FORMAT, forget_progress, job_of, read_progress
 
-__all__ = ["Matrix", "collect", "do_runs", "kept_result", "replays_of", "run_study"]
+__all__ = ["Matrix", "collect", "do_runs", "files_of", "kept_result", "replays_of", "run_study"]
 
 # How often a run is begun whose worker dies or finds its folder held, before it counts as failed or is left pending.
 ATTEMPTS = 3
@@ -90,8 +91,7 @@ def run_study(
         for run in runs:
             kept_result(folder / "runs" / run.id)  # of another format, nothing is begun
         # Files that it imports are found from its folder, too.
-        imports = tuple(str(Path(n).resolve()) if n.endswith(".py") else n for n in study.imports)
-        atomic_write_text(folder / "study.toml", study_to_toml(replace(study, imports=imports)))
+        atomic_write_text(folder / "study.toml", study_to_toml(replace(study, imports=resolved(study.imports))))
         do_runs(study, runs, folder, backend, retry_failed=retry_failed, report=report, should_stop=should_stop)
         results = collect(study, folder)
         atomic_write_json(folder / "results.json", results, compact=True)
@@ -149,7 +149,9 @@ class _Engine:
         self.study, self.runs, self.folder, self.backend = study, {run.id: run for run in runs}, folder, backend
         self.stop, self.report, self.should_stop = stop, report, should_stop
         self.matrix = Matrix(len(runs))
-        self.expected = {run.id: estimate(run.config, study.protocol).seconds for run in runs}
+        self.expected = {
+            run.id: kind_of(run.config.method).estimate(run.config, study.protocol).seconds for run in runs
+        }
         self.spent = self.took = 0.0  # seconds of runs done here from their beginning: expected, and real
         self.trained: dict[str, float] = {}  # the share of its training that a run has done
         self.began: dict[str, float] = {}  # ... and had when it was begun here
@@ -258,7 +260,8 @@ class _Engine:
 
     def _saved(self, name: str) -> float:
         """The share of its training that a run has in its newest checkpoint."""
-        return min(1.0, steps_done(self.folder / "runs" / name) / self.runs[name].config.steps)
+        config = self.runs[name].config
+        return min(1.0, kind_of(config.method).steps_done(self.folder / "runs" / name) / config.steps)
 
     def _left(self, names: list[str]) -> float | None:
         """Seconds until the runs `names` are done, by what they should take and how runs here compare to that."""
@@ -340,6 +343,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             entry["reason"] = _reason(kept)
         runs.append(entry)
     told = {k: v for k, v in asdict(study).items() if k not in ("imports", "record")}
+    told["protocol"] = study.protocol.to_json()
     results = {"format": FORMAT, "study": told, "machine": _machine(), "runs": runs}
     # As they are read again from a file: lists, no tuples; a Python program's settings may hold paths.
     return dict(json.loads(json.dumps(results, default=str)))
@@ -354,7 +358,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def files_of(study: Study, folder: Path, name: str) -> dict[str, Path]:
+    """Where runs have a file of this name in their folders: a run's id → the file."""
+    found = {run.id: folder / "runs" / run.id / name for run in study.runs()}
+    return {run: path for run, path in found.items() if path.exists()}
+
+
 def replays_of(study: Study, folder: Path) -> dict[str, Path]:
     """The recorded episodes that there are: a run's id → its replay document."""
-    found = {run.id: folder / "runs" / run.id / "replays" / "protocol.json" for run in study.runs()}
-    return {name: path for name, path in found.items() if path.exists()}
+    return files_of(study, folder, "replays/protocol.json")

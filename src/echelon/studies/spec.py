@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import json
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml_file, to_toml, toml_line, typed
+from echelon.configs import read_toml_file, toml_line, typed
 from echelon.envs import environments, make
 from echelon.errors import EchelonError, unknown_name
 from echelon.evaluation.protocol import Protocol
-from echelon.llm.store import untouched
-from echelon.methods import method, methods
+from echelon.extensions import import_modules, resolved
+from echelon.studies.kinds import RunKind, Settings, kind_of, run_kinds
 
-__all__ = ["Study", "StudyRun", "import_modules", "read_study", "study_from_toml", "study_to_toml"]
+__all__ = ["Study", "StudyRun", "read_study", "study_from_toml", "study_to_toml"]
 
 _TABLES = ("protocol", "run", "env", "method")
+_OWN = ("method", "environment", "seed", "steps", "threads", "imports")  # settings of runs that a study makes itself
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class StudyRun:
     """
 
     id: str
-    config: RunConfig
+    config: Settings
     environment: str
     size: int
     agents: int
@@ -107,16 +105,16 @@ class Study:
                 one id.
         """
         import_modules(self.imports)
-        for name in self.methods:
-            method(name)
+        kinds = {name: kind_of(name) for name in self.methods}
         known = environments()
         for name in self.environments:
             if name not in known:
                 raise unknown_name("environment", name, known)
-        for table, names in (("env", known), ("method", methods())):
-            for name in self.settings.get(table, {}):
-                if name not in names:
-                    raise unknown_name(f"name in [{table}] of study {self.name}", name, names)
+        for name in self.settings.get("env", {}):
+            if name not in known:
+                raise unknown_name(f"name in [env] of study {self.name}", name, known)
+        for name in self.settings.get("method", {}):
+            kind_of(name, f"name in [method] of study {self.name}")
         for name, table_of in self.settings.get("method", {}).items():
             if "env" in table_of:
                 raise EchelonError(
@@ -124,7 +122,7 @@ class Study:
                     f"which [run.env] and [env.<name>] describe"
                 )
         runs = [
-            self._run(environment, size, agents, name, seed)
+            self._run(environment, size, agents, name, seed, kinds)
             for seed in self.seeds
             for environment in self.environments
             for size in self.sizes
@@ -141,13 +139,24 @@ class Study:
                     make(environment, config.config.env, num_envs=1)
         return tuple(runs)
 
-    def _run(self, environment: str, size: int, agents: int, name: str, seed: int) -> StudyRun:
-        data = _merged(self.settings.get("run", {}), self.settings.get("method", {}).get(name, {}))
+    def ignored(self) -> list[str]:
+        """What the table `run` says that none of the methods knows; those of another kind would."""
+        known = frozenset[str]().union(*(kind_of(name).keys for name in self.methods))
+        return [key for key in self.settings.get("run", {}) if key not in known]
+
+    def _run(
+        self, environment: str, size: int, agents: int, name: str, seed: int, kinds: Mapping[str, RunKind]
+    ) -> StudyRun:
+        kind = kinds[name]
+        # What every run is told is told to those that know of it, also where the study's methods are fewer today.
+        foreign = frozenset[str]().union(*(other.keys for other in run_kinds())) - kind.keys - set(_OWN)
+        every = {key: value for key, value in self.settings.get("run", {}).items() if key not in foreign}
+        data = _merged(every, self.settings.get("method", {}).get(name, {}))
         own = data.pop("env", {})
         if not _is_table(own):
             raise EchelonError(f"study {self.name}: env must be a table, [run.env]")
         env = {**self.settings.get("env", {}).get(environment, {}), **own}
-        for key in ("method", "environment", "seed", "steps", "threads"):
+        for key in _OWN:
             if key in data:
                 raise EchelonError(f"study {self.name}: {key} is the study's own; it can't be in [run] or [method]")
         for key, own in (("size", "sizes"), ("num_agents", "agents")):
@@ -158,47 +167,16 @@ class Study:
             "environment": environment,
             "seed": seed,
             # What learns nothing has no steps: its runs stay the same when the study trains for longer.
-            "steps": self.steps if method(name).learns else 1,
-            "threads": 1,
+            "steps": self.steps if kind.learns(name) else 1,
             "env": {**env, "size": size, "num_agents": agents},
         }
-        config = from_toml(data, f"study {self.name}, {name}")
-        says = _says(config) + json.dumps(dataclasses.asdict(self.protocol), sort_keys=True)
+        source = f"study {self.name}, {name}"
+        config = kind.read(data, source, protocol=self.protocol, imports=self.imports)
+        says = kind.decides(config) + json.dumps(self.protocol.to_json(), sort_keys=True)
         short = hashlib.sha256(says.encode()).hexdigest()[:8]
         where = f"{environment}-s{size}-a{agents}-{name}-seed{seed}"
         record = self.record if seed == self.seeds[0] else 0
         return StudyRun(f"{where}-{short}", config, environment, size, agents, name, seed, record)
-
-
-def import_modules(names: Sequence[str]) -> None:
-    """Import what registers a user's own environments and methods: modules by name, or files (`….py`).
-
-    Raises:
-        EchelonError: there is none, or it fails.
-    """
-    for name in names:
-        try:
-            if not name.endswith(".py"):
-                importlib.import_module(name)
-                continue
-            path = Path(name).resolve()
-            module = f"_echelon_study_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-            if module in sys.modules:
-                continue
-            spec = importlib.util.spec_from_file_location(module, path)
-            if spec is None or spec.loader is None or not path.exists():
-                raise EchelonError(f"imports: there is no file {name}")
-            sys.modules[module] = importlib.util.module_from_spec(spec)
-            try:
-                spec.loader.exec_module(sys.modules[module])
-            except BaseException:
-                # Or the next import would take it for done.
-                del sys.modules[module]
-                raise
-        except EchelonError:
-            raise
-        except Exception as error:  # whatever a user's file may raise
-            raise EchelonError(f"imports: {name} fails: {type(error).__name__}: {error}") from error
 
 
 def read_study(path: Path) -> Study:
@@ -209,8 +187,7 @@ def read_study(path: Path) -> Study:
     """
     study = study_from_toml(read_toml_file(path, "study"), str(path), name=path.stem)
     # Files that it imports lie beside it.
-    beside = tuple(str((path.parent / n).resolve()) if n.endswith(".py") else n for n in study.imports)
-    return dataclasses.replace(study, imports=beside)
+    return dataclasses.replace(study, imports=resolved(study.imports, path.parent))
 
 
 def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = "study") -> Study:
@@ -230,25 +207,13 @@ def study_from_toml(data: dict[str, Any], source: str = "study", *, name: str = 
     return Study(**values, protocol=protocol, settings={k: t for k, t in tables.items() if t})
 
 
-def _says(config: RunConfig) -> str:
-    """What decides a run, for its id: settings that came later count only where they aren't at their defaults."""
-    usual = [name for name, table in PLAIN_TABLES.items() if getattr(config, name) == table()]
-    kind = method(config.method)
-    if kind.executor == "model" or not kind.needs_model(config.planner):
-        # Nobody is planned for by a model: these mean nothing, or the same, and were in every id.
-        share = 1 / 64 if config.llm_share is None else config.llm_share
-        config = dataclasses.replace(config, llm_share=share, model=untouched(config.model))
-    says = to_toml(config, without=usual)
-    return says if config.subgoals.review else says.replace("review = 0\n", "", 1)
-
-
 def study_to_toml(study: Study) -> str:
     """The study as TOML that `study_from_toml` reads back."""
     lines, tables = [], []
     for f in dataclasses.fields(study):
         value = getattr(study, f.name)
         if f.name == "protocol":
-            tables += ["\n[protocol]", *(toml_line(k, v) for k, v in dataclasses.asdict(value).items())]
+            tables += ["\n[protocol]", *(toml_line(k, v) for k, v in value.to_json().items())]
         elif f.name == "settings":
             for name, table in value.items():
                 tables += _table_lines(name, table)

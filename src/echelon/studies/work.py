@@ -7,11 +7,9 @@ found is in the run's folder, whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
-import shutil
 import time
 import tomllib
 import traceback
@@ -21,12 +19,12 @@ from typing import Any
 
 from echelon._files import atomic_write_json, explain_os_error, only_writer, read_json, remove_leftovers
 from echelon.building import forget_answers
-from echelon.checkpoints import checkpoints_of
-from echelon.configs import from_toml, to_toml
 from echelon.errors import BusyError, EchelonError, StorageError
-from echelon.evaluation.protocol import Protocol, run_by_protocol
+from echelon.evaluation.protocol import Protocol
+from echelon.extensions import import_modules, resolved
 from echelon.runs import processor, versions
-from echelon.studies.spec import Study, StudyRun, import_modules
+from echelon.studies.kinds import kind_of
+from echelon.studies.spec import Study, StudyRun
 
 __all__ = ["FORMAT", "execute", "forget_progress", "job_of", "read_progress"]
 
@@ -49,11 +47,11 @@ def job_of(study: Study, run: StudyRun, folder: Path, stop: Path) -> dict[str, A
     """
     return {
         "id": run.id,
-        "config": to_toml(run.config),
+        "config": kind_of(run.config.method).write(run.config),
         "cell": {k: getattr(run, k) for k in ("environment", "size", "agents", "method", "seed")},
-        "protocol": dataclasses.asdict(study.protocol),
+        "protocol": study.protocol.to_json(),
         "record": run.record,
-        "imports": [str(Path(n).resolve()) if n.endswith(".py") else n for n in study.imports],
+        "imports": list(resolved(study.imports)),
         "folder": str((folder / "runs" / run.id).resolve()),
         "stop": str(stop.resolve()),
     }
@@ -104,7 +102,8 @@ def execute(job: dict[str, Any], orphaned: Callable[[], bool] = lambda: False) -
 
 def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
     import_modules(job["imports"])
-    run = from_toml(tomllib.loads(job["config"]), f"run {job['id']}")
+    kind = kind_of(tomllib.loads(job["config"])["method"])
+    run = kind.restore(job["config"], f"run {job['id']}")
     # The trainer holds the run's folder while it trains; this holds it between, too.
     with only_writer(folder / ".job"):
         remove_leftovers(folder)
@@ -112,7 +111,7 @@ def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool])
         told = _Progress(folder / PROGRESS)
         protocol = Protocol(**job["protocol"])
         forget_answers()
-        found = run_by_protocol(run, folder, protocol, record=job["record"], report=told, should_stop=should_stop)
+        found = kind.execute(run, folder, protocol, record=job["record"], report=told, should_stop=should_stop)
         if found is None:
             return {"status": "stopped", "reason": None}
         result = {"format": FORMAT, "id": job["id"], **job["cell"], "steps": run.steps, "status": "finished"}
@@ -120,9 +119,7 @@ def _execute(job: dict[str, Any], folder: Path, should_stop: Callable[[], bool])
         atomic_write_json(folder / "result.json", {**result, "reason": None, **found, **made_by})
         with contextlib.suppress(OSError):
             (folder / "failed.json").unlink(missing_ok=True)
-        # The older ones were for a crash; with its replay memory one may take 100 MB.
-        for old in checkpoints_of(folder / "checkpoints")[:-1]:
-            shutil.rmtree(old, ignore_errors=True)
+        kind.tidy(folder)
     return {"status": "finished", "reason": None, "seconds": time.time() - start}
 
 
