@@ -288,6 +288,36 @@ def test_addresses_where_no_cluster_is_get_one_line_soon(monkeypatch: pytest.Mon
         RayBackend(None, 0)
 
 
+def test_a_head_that_goes_between_its_answer_and_a_question_is_gone_soon() -> None:
+    """Asked of a head that isn't there, Ray waits a minute and then ends the process without a word of ours."""
+    before = ray_processes()
+    code = (
+        "import os, signal\n"
+        "from echelon.errors import StorageError\n"
+        "from echelon.studies import ray_backend\n"
+        "from test_studies_ray import ray_processes\n"
+        "ray_backend._GONE_AFTER = 3\n"
+        "before = ray_processes('gcs/gcs_server')\n"
+        "backend = ray_backend.RayBackend(None, 1)\n"
+        "asked = backend._ray.cluster_resources\n"
+        "def late():\n"
+        "    for head in ray_processes('gcs/gcs_server') - before: os.kill(int(head), signal.SIGKILL)\n"
+        "    while ray_backend._answers(backend._head): pass\n"
+        "    return asked()\n"
+        "assert backend.slots == 1\n"
+        "backend._ray.cluster_resources, backend._look_at = late, 0\n"
+        "try: backend.slots\n"
+        "except StorageError as error: print('gone' if str(error) == backend._gone() else error)\n"
+        "backend.close()\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH},
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert (out.returncode, out.stdout, out.stderr) == (0, "gone\n", "")
+    wait_for(lambda: not ray_processes() - before, 120)
+
+
 def test_without_ray_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """No traceback of an import."""
     monkeypatch.setitem(sys.modules, "ray", None)

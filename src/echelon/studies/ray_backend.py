@@ -8,15 +8,19 @@ study, called again, goes on.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import queue
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import echelon
 from echelon.errors import EchelonError, StorageError
@@ -27,7 +31,10 @@ __all__ = ["RayBackend"]
 _ANSWER_WITHIN = 5.0  # seconds in which the head of a cluster must answer
 _GONE_AFTER = 20.0  # seconds without an answer; after a minute Ray would end this process without a word
 _LOOK_EVERY = 2.0  # seconds
+_LEAVE_WITHIN = 15.0  # seconds for leaving a cluster; from one that is gone it takes about 5
 _STORE = 100 * 2**20  # bytes of the object store where Ray is started here: jobs and outcomes are small
+
+Answer = TypeVar("Answer")
 
 
 class RayBackend:
@@ -56,6 +63,7 @@ class RayBackend:
         if self._ours:
             _connect(ray, address, slots)
         self._head = ray.get_runtime_context().gcs_address
+        self._asker = _Asker()
         self._slots, self._cpus, self._look_at, self._heard_at = slots, 1, 0.0, time.monotonic()
         self._do = ray.remote(
             num_cpus=1, max_retries=0, scheduling_strategy="SPREAD", runtime_env={"env_vars": ONE_THREAD}
@@ -70,22 +78,41 @@ class RayBackend:
 
     def _look(self) -> None:
         """See whether the cluster is there, and how large it is now."""
-        if (now := time.monotonic()) < self._look_at:
-            return
+        if time.monotonic() >= self._look_at and self._hear():
+            self._cpus = max(1, int(self._ask(self._ray.cluster_resources).get("CPU", 0)))
+
+    def _hear(self) -> bool:
+        """Whether the head answers.
+
+        Raises:
+            StorageError: it hasn't for long.
+        """
+        answers = _answers(self._head)
+        now = time.monotonic()
         self._look_at = now + _LOOK_EVERY
-        # Asked for anything else, Ray would wait for a head that is gone.
-        if _answers(self._head):
-            self._heard_at = time.monotonic()
-            self._cpus = max(1, int(self._ray.cluster_resources().get("CPU", 0)))
-        elif time.monotonic() - self._heard_at > _GONE_AFTER:
+        if answers:
+            self._heard_at = now
+        elif now - self._heard_at > _GONE_AFTER:
             raise StorageError(self._gone())
+        return answers
+
+    def _ask(self, call: Callable[..., Answer], *args: Any, **more: Any) -> Answer:
+        """What a call of Ray returns: asked of a head that has just gone, it would never return.
+
+        Raises:
+            StorageError: the cluster is gone.
+        """
+        asked = self._asker.ask(call, *args, **more)
+        while not wait([asked], _LOOK_EVERY).done:
+            self._hear()
+        return asked.result()
 
     def _gone(self) -> str:
         return f"the Ray cluster at {self._head} is gone: start it and the study again"
 
     def start(self, job: dict[str, Any]) -> None:
         """Begin a job; without a free CPU it waits for one."""
-        self._jobs[self._do.remote(job, str(Path.cwd()), echelon.__version__)] = job
+        self._jobs[self._ask(self._do.remote, job, str(Path.cwd()), echelon.__version__)] = job
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
         """Jobs that ended, as (id, outcome).
@@ -97,13 +124,13 @@ class RayBackend:
         if not self._jobs:
             time.sleep(seconds)
             return []
-        ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
+        ready, _ = self._ask(self._ray.wait, list(self._jobs), num_returns=1, timeout=seconds)
         return [self._outcome(ref, self._jobs.pop(ref)) for ref in ready]
 
     def _outcome(self, ref: Any, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         ray = self._ray
         try:
-            node, outcome = ray.get(ref)
+            node, outcome = self._ask(ray.get, ref)
         except ray.exceptions.RayTaskError as error:
             reason = f"a node of the Ray cluster can't run Echelon: {_line(error.cause or error)}"
             return job["id"], {"status": "storage", "reason": reason}
@@ -122,12 +149,47 @@ class RayBackend:
 
     def close(self) -> None:
         """Give up jobs under way, and leave the cluster; end Ray where it was started here."""
-        for ref in self._jobs:
-            with contextlib.suppress(self._ray.exceptions.RayError):
-                self._ray.cancel(ref, force=True)
-        self._jobs.clear()
-        if self._ours:
-            self._ray.shutdown()
+        jobs, self._jobs = list(self._jobs), {}
+
+        def leave() -> None:
+            for ref in jobs:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    self._ray.cancel(ref, force=True)
+            if self._ours:
+                self._ray.shutdown()
+
+        # Of another thread, since a call that never returned keeps the first.
+        self._asker.end()
+        self._asker = _Asker()
+        left = wait([self._asker.ask(leave)], _LEAVE_WITHIN).done
+        self._asker.end()
+        if self._ours and not left:
+            atexit.unregister(self._ray.shutdown)  # which would wait as long when this process ends
+
+
+class _Asker:
+    """A thread that calls what may never return; it holds no process back from its end."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="echelon-ray", daemon=True).start()
+
+    def ask(self, call: Callable[..., Answer], *args: Any, **more: Any) -> Future[Answer]:
+        asked: Future[Answer] = Future()
+        self._calls.put((asked, lambda: call(*args, **more)))
+        return asked
+
+    def end(self) -> None:
+        """Once it has done what it was asked."""
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (task := self._calls.get()) is not None:
+            asked, call = task
+            try:
+                asked.set_result(call())
+            except BaseException as error:  # of whatever kind: it is the caller's
+                asked.set_exception(error)
 
 
 _SHARED = "the study's folder must be on a file system that all nodes see"
