@@ -22,12 +22,12 @@ from echelon.planners import Planner, make_rule_planner
 from echelon.planners.base import StatelessPlanner
 from echelon.planners.generating import GeneratingPlanner
 from echelon.planners.llm import LLMPlanner
-from echelon.robot_tasks import Episode, RobotTask, WarehouseTeamSettings
 from echelon.subgoals import EXCLUSIVE, Plan, PlanRequest
 from echelon.tasks import AgentPrompt
-from echelon.team_configs import TeamPolicyConfig, TeamRunConfig, read_team_toml
-from echelon.team_rollouts import TeamRolloutConfig, play
-from echelon.team_training import TeamProgress, TeamTrainer
+from echelon.teams.configs import TeamPolicyConfig, TeamRunConfig, read_team_toml
+from echelon.teams.robots import Episode, RobotTask, WarehouseTeamSettings
+from echelon.teams.rollouts import TeamRolloutConfig, play
+from echelon.teams.training import TeamProgress, TeamTrainer
 
 WRITTEN_ITEMS = 16
 """Episodes of the central model that writes: it takes as long as all else together."""

@@ -30,9 +30,9 @@ from echelon._files import atomic_write_json
 from echelon.algorithms.teams import team_algorithms
 from echelon.runs import processor
 from echelon.tasks import FunctionTask, WritingSettings
-from echelon.team_configs import TeamPolicyConfig, TeamRunConfig
-from echelon.team_rollouts import TeamRolloutConfig
-from echelon.team_training import TeamTrainer
+from echelon.teams.configs import TeamPolicyConfig, TeamRunConfig
+from echelon.teams.rollouts import TeamRolloutConfig
+from echelon.teams.training import TeamTrainer
 
 LETTERS = "abcd"
 # Step size, and how many times the updates: a step is large and noisy without a baseline, slow where no reply is ever

@@ -52,7 +52,6 @@ from echelon.planners.generating import FIELDS
 from echelon.planners.replies import FINDINGS
 from echelon.reports.account import write_account
 from echelon.reports.dialogues import write_dialogues
-from echelon.robot_tasks import RobotTeamSettings, SearchTeamSettings, WarehouseTeamSettings
 from echelon.shaping import ShapingSettings
 from echelon.studies import Study, presets, read_study, run_study
 from echelon.studies.work import execute
@@ -60,9 +59,10 @@ from echelon.subgoals import BESIDE, SubgoalConfig
 from echelon.tasks import CodingSettings, CodingTask, WritingSettings
 from echelon.tasks.coding import coding_reward
 from echelon.tasks.writing import ARXIV, TLDR
-from echelon.team_configs import TeamPolicyConfig, TeamRunConfig
-from echelon.team_rollouts import TeamRolloutConfig
-from echelon.team_training import TeamTrainer
+from echelon.teams.configs import TeamPolicyConfig, TeamRunConfig
+from echelon.teams.robots import RobotTeamSettings, SearchTeamSettings, WarehouseTeamSettings
+from echelon.teams.rollouts import TeamRolloutConfig
+from echelon.teams.training import TeamTrainer
 from echelon.training import Trainer
 from tiny_model import make_tiny_model
 
@@ -866,7 +866,7 @@ def test_presets_are_those_of_the_docs() -> None:
         ("docs/teams.md", "`algorithm`", TeamConfig()),
         ("docs/teams.md", "`env` of `writing`", WritingSettings()),
         ("docs/teams.md", "`env` of `coding`", CodingSettings()),
-        ("docs/teams.md", "`env` of robots", RobotTeamSettings()),
+        ("docs/teams.md", "`env` of robots", RobotTeamSettings),  # abstract: the class has its defaults
         ("docs/teams.md", "`env` of `warehouse`", WarehouseTeamSettings()),
         ("docs/teams.md", "`env` of `search`", SearchTeamSettings()),
         ("docs/shaping.md", "Of the run", AlsoConfig()),

@@ -20,7 +20,8 @@ from echelon.planners.base import Planner
 from echelon.planners.hungarian import Hungarian
 from echelon.planners.nearest import Nearest
 from echelon.planners.random import RandomCell
-from echelon.robot_tasks import (
+from echelon.tasks import AgentPrompt, Attempt, Turn, build_task, task_name, tasks
+from echelon.teams.robots import (
     MESSAGE_CHARS,
     RobotTask,
     RobotTeamSettings,
@@ -30,7 +31,6 @@ from echelon.robot_tasks import (
     read_reply,
     teacher_replies,
 )
-from echelon.tasks import AgentPrompt, Attempt, Turn, build_task, task_name, tasks
 
 SMALL = WarehouseTeamSettings(train_items=8, eval_items=48)
 SEEK = SearchTeamSettings(train_items=8, eval_items=48)

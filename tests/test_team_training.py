@@ -22,9 +22,9 @@ from echelon.errors import EchelonError
 from echelon.llm.teams import load_team, saved_team
 from echelon.llm.token_policy import TokenPolicy
 from echelon.tasks import FunctionTask, TeamTask
-from echelon.team_configs import TeamPolicyConfig, TeamRunConfig, read_team_toml, team_to_toml
-from echelon.team_rollouts import TeamRolloutConfig, grow, play
-from echelon.team_training import TeamTrainer
+from echelon.teams.configs import TeamPolicyConfig, TeamRunConfig, read_team_toml, team_to_toml
+from echelon.teams.rollouts import TeamRolloutConfig, grow, play
+from echelon.teams.training import TeamTrainer
 from tiny_model import make_tiny_model
 
 LETTERS = "abcdef"

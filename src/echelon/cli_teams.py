@@ -15,7 +15,7 @@ from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
 from echelon.flags import given_flags, parse, peek, refuse_beside_resume, run_and_own, take
 from echelon.tasks import task_name, tasks
-from echelon.team_configs import TeamRunConfig, read_team_toml, team_from_toml
+from echelon.teams.configs import TeamRunConfig, read_team_toml, team_from_toml
 
 __all__ = ["evaluate_team", "is_team_run", "train_team", "trains_a_team"]
 
@@ -85,7 +85,7 @@ def train_team(args: list[str]) -> int:
     """`echelon train --method magrpo --env writing …`."""
     from echelon.console import Stopper, Watch, console
     from echelon.reports.dialogues import write_dialogues
-    from echelon.team_training import TeamProgress, TeamTrainer
+    from echelon.teams.training import TeamProgress, TeamTrainer
 
     given = given_flags(args)
     resumed = peek(args, "--resume")
@@ -149,7 +149,7 @@ def evaluate_team(args: list[str]) -> int:
     """`echelon evaluate RUN …` where RUN is a team's."""
     from echelon.console import console
     from echelon.evaluation.comparison import check_name
-    from echelon.team_training import TeamTrainer
+    from echelon.teams.training import TeamTrainer
 
     folder = Path(args[0])
     flags = parse("evaluate RUN", _EvaluateFlags, args[1:])

@@ -12,9 +12,9 @@ from echelon.configs import read_toml_file, toml_document, typed
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm.teams import Share
 from echelon.llm.token_policy import Adapt
-from echelon.robot_tasks import RobotTeamSettings as RobotTeamSettings  # registers warehouse and search
 from echelon.tasks import TaskSettings, WritingSettings, task_name, tasks
-from echelon.team_rollouts import TeamRolloutConfig
+from echelon.teams.robots import RobotTeamSettings as RobotTeamSettings  # registers warehouse and search
+from echelon.teams.rollouts import TeamRolloutConfig
 
 __all__ = ["TeamPolicyConfig", "TeamRunConfig", "read_team_toml", "team_from_toml", "team_to_toml"]
 

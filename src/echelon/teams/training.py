@@ -30,8 +30,8 @@ from echelon.llm.token_policy import TokenPolicy, TokenSample
 from echelon.rollouts import Clock
 from echelon.runs import versions
 from echelon.tasks import OwnTask, Solvable, Teaching, TeamTask, build_task
-from echelon.team_configs import TeamRunConfig, read_team_toml, team_to_toml
-from echelon.team_rollouts import Game, Scene, Tree, grow, play
+from echelon.teams.configs import TeamRunConfig, read_team_toml, team_to_toml
+from echelon.teams.rollouts import Game, Scene, Tree, grow, play
 
 __all__ = ["TeamProgress", "TeamTrainer"]
 
