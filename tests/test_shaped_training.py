@@ -413,12 +413,20 @@ def test_a_relabelled_memory_is_that_of_a_run_which_paid_so_from_the_start(
     paid = memory_of(newest(second))
     assert set(made) == set(paid) and all(np.array_equal(made[k], paid[k]) for k in made)
     assert not np.array_equal(made["reward"], memory_of(newest(first))["reward"])
+    # So does what comes after the fork, its first step included, and nothing of the old mixture comes in.
+    for folder in (tmp_path / "fork", second):
+        assert Trainer.resume(folder).run()
+    made, paid = memory_of(newest(tmp_path / "fork")), memory_of(newest(second))
+    assert all(np.array_equal(made[k], paid[k]) for k in made)
     # As the task pays, and back.
     off = memory_of(fork(first, tmp_path / "off", ShapingSettings()))
     plain = memory_of(newest(straight(dataclasses.replace(config, shaping=ShapingSettings()), tmp_path / "plain", 6)))
     assert set(off) == set(plain) and all(np.array_equal(off[k], plain[k]) for k in off)
-    back = memory_of(fork(tmp_path / "fork", tmp_path / "back", FIRST, steps=9 * UPDATE))
-    assert all(np.array_equal(back[k], v) for k, v in memory_of(newest(first)).items())
+    forth = fork(first, tmp_path / "forth", SECOND)
+    back = fork(tmp_path / "forth", tmp_path / "back", FIRST, steps=9 * UPDATE)
+    assert all(np.array_equal(memory_of(back)[k], v) for k, v in memory_of(newest(first)).items())
+    assert back.worlds["shaping.worth"] == pytest.approx(newest(first).worlds["shaping.worth"], abs=1e-6)
+    assert forth.worlds["shaping.worth"] != pytest.approx(newest(first).worlds["shaping.worth"], abs=1e-2)
     # Other rules are another reward too.
     rules = dataclasses.replace(FIRST, terminal="state", first_step="zero", team="per_agent_sum", offset=0.5, scale=1.5)
     other = straight(dataclasses.replace(config, shaping=rules), tmp_path / "other", 6)
@@ -427,6 +435,7 @@ def test_a_relabelled_memory_is_that_of_a_run_which_paid_so_from_the_start(
 
 
 def test_a_memory_is_kept_or_cleared_if_so_wanted(halves: dict[str, Path], tmp_path: Path) -> None:
+    """Kept, it goes on as the run paid, with what states were worth; cleared, nothing of that is left."""
     before = newest(halves["qmix"])
     kept = fork(halves["qmix"], tmp_path / "keep", dataclasses.replace(SECOND, buffer="keep"))
     same(kept, before, {"shaping.beta", "shaping.weights"}.__contains__)

@@ -47,9 +47,10 @@ def fork_run(
 
     With the source's own shaping and `stream` 0 it becomes, bit for bit, what the source becomes by going on. Where
     the shaping is another, what a state was worth when it was reached stays as it was, so that returns still
-    telescope (Devlin and Kudenko 2012): the first extra reward of an episode under way is `γΦ_new(s') - Φ_old(s)`. A
-    replay memory is treated as `shaping.buffer` says. Its logs begin with the fork; its steps and
-    seconds go on from the source's.
+    telescope (Devlin and Kudenko 2012): the first extra reward of an episode under way is `γΦ_new(s') - Φ_old(s)`. Not
+    so with a replay memory, which would learn from that step again and again: it is treated as `shaping.buffer` says,
+    and unless that is `keep`, states under way are worth what the new mixture says, as all those in the memory are.
+    The fork's logs begin with it; its steps and seconds go on from the source's.
 
     A folder that is this fork already stays as it is, however far it has trained since; else the run is there whole
     or not at all.
@@ -134,7 +135,7 @@ def _forked(checkpoint: Checkpoint, old: RunConfig, new: RunConfig, stream: int,
             treated = _treated(memory, team, new.shaping, source)
             algorithm = {k: v for k, v in algorithm.items() if not k.startswith(_MEMORY)}
             algorithm |= {f"{_MEMORY}{k}": torch.from_numpy(np.array(v)) for k, v in treated.items()}
-        worlds = _reshaped(worlds, team)
+        worlds = _reshaped(worlds, team, anew=bool(memory) and new.shaping.buffer != "keep")
     if stream:
         worlds["env.keys"] = _others(worlds["env.keys"], stream)
         for name in _RANDOM:
@@ -152,19 +153,27 @@ def _shapes(config: RunConfig) -> Any:
     return mixture.beta, mixture.weights, s.terminal, s.first_step, s.team, s.offset, s.scale
 
 
-def _reshaped(worlds: _Arrays, team: TeamWorlds) -> _Arrays:
-    """The state of the worlds as `team` can take it: what each state was worth stays, the mixture is the new one."""
+def _reshaped(worlds: _Arrays, team: TeamWorlds, *, anew: bool) -> _Arrays:
+    """The state of the worlds as `team` can take it: the mixture is the new one.
+
+    What each state was worth stays, or is computed `anew`, by that mixture.
+    """
     plain = {k: v for k, v in worlds.items() if not k.startswith("shaping.")}
     if team.shaper is None:
         return plain
-    # In an unshaped run no state was worth anything.
-    own = team.shaper.state_dict() | {"first": worlds["begins"], "added": np.zeros(team.env.num_envs)}
-    if "shaping.phi" not in worlds:
+    phi = worlds.get("shaping.phi")
+    if phi is None:
         team.env.load_state_dict({k.removeprefix("env."): v for k, v in worlds.items() if k.startswith("env.")})
-        own["phi"] = term_set(team.env.name).terms(team.env)
-    own = {f"shaping.{k}": v for k, v in own.items()}
-    kept = {k: v for k, v in worlds.items() if k not in ("shaping.beta", "shaping.weights")}
-    return own | kept
+        phi = term_set(team.env.name).terms(team.env)
+    # In an unshaped run no state was worth anything.
+    own = {"first": worlds["begins"], "added": np.zeros(team.env.num_envs), "phi": phi}
+    new = ["beta", "weights"]
+    if anew:
+        team.shaper.begin(phi)
+        new.append("worth")
+    own = team.shaper.state_dict() | own
+    kept = {k: v for k, v in worlds.items() if k not in {f"shaping.{name}" for name in new}}
+    return {f"shaping.{k}": v for k, v in own.items()} | kept
 
 
 def _treated(memory: _Arrays, team: TeamWorlds, settings: ShapingSettings, source: Path) -> _Arrays:
