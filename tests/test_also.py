@@ -517,6 +517,33 @@ def test_one_trainer_that_goes_on_asks_nothing_twice(
     same(asked, tmp_path / "run")
 
 
+@pytest.mark.parametrize("what", ["diagnose", "propose", "review"])
+def test_a_stop_while_the_model_is_asked_leaves_no_answer(
+    what: str, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop breaks a model's call off; what comes of that isn't kept, and the run that goes on asks anew."""
+    monkeypatch.setattr(judging, "gate", first_wins)
+
+    class Slow(Asked):
+        stopped = False
+
+        def __getattribute__(self, name: str) -> Any:
+            if name != what or self.stopped:
+                return super().__getattribute__(name)
+
+            def broken_off(*situation: Any) -> Any:
+                self.stopped = True
+                return Proposed((), "uncertain", "moderate") if what == "propose" else (None, {"error": "given up"})
+
+            return broken_off
+
+    proposer = Slow()
+    grow(tiny(), tmp_path / "run", proposer=proposer, should_stop=lambda: proposer.stopped, finished=False)
+    assert "given up" not in (tmp_path / "run" / "account.json").read_text()
+    grow(tiny(), tmp_path / "run", proposer=proposer)
+    same(asked, tmp_path / "run")
+
+
 def surroundings() -> dict[str, str]:
     source = str(Path(echelon.__file__).parents[1])
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": f"{source}:{Path(__file__).parent}"}
@@ -703,6 +730,60 @@ def test_a_proposer_without_ideas_costs_only_controls(tmp_path: Path, monkeypatc
     # A record of it can be repeated, too: no card was given, but one was asked for.
     again = grow(tiny(also={"rounds": 2}, proposer=f"recorded:{tmp_path / 'run'}"), tmp_path / "again").account
     assert {**again, "proposer": "asked"} == {**a, "proposer": "asked"}
+
+
+@pytest.mark.parametrize(
+    ("what", "said", "line"),
+    [
+        ("diagnose", RuntimeError("no idea\nat all"), "its diagnose failed: RuntimeError: no idea at all"),
+        ("diagnose", None, "its diagnose failed: TypeError: cannot unpack"),
+        ("diagnose", ("lost", {}), "its diagnose failed: TypeError: it returned 'lost', no CriticCard"),
+        ("diagnose", (None, {"x": np.float32(1)}), "its diagnose failed: TypeError: .* not JSON serializable"),
+        ("propose", [], r"its propose failed: TypeError: it returned \[\], no Proposed"),
+        ("review", ("fine", {}), "its review failed: TypeError: it returned 'fine', no ResultDiagnosis"),
+    ],
+)
+def test_a_broken_proposer_is_one_line_and_a_mended_one_goes_on(
+    what: str, said: Any, line: str, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's own code: what it raises or returns is told, and nothing is lost."""
+    monkeypatch.setattr(judging, "gate", first_wins)
+    proposer = Asked()
+
+    def broken(*situation: Any) -> Any:
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proposer, what, broken)
+        with pytest.raises(EchelonError, match=f"^the proposer asked is broken: {line}"):
+            grow(tiny(), tmp_path / "run", proposer=proposer)
+    grow(tiny(), tmp_path / "run", proposer=proposer)
+    same(asked, tmp_path / "run")
+
+
+def test_a_record_of_another_world_is_refused_before_anything_is_trained(whole: Path, tmp_path: Path) -> None:
+    config = AlsoConfig(env=echelon.envs.SearchConfig(size=6, num_agents=2), proposer=f"recorded:{whole}")
+    with pytest.raises(EchelonError, match=r"account .* is of warehouse, not of search"):
+        AlsoTrainer(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_branch_has_no_more_evaluations_than_rollouts(tmp_path: Path) -> None:
+    """Of a single one the gate would learn nothing, unless that was asked for; of fewer than wanted the run says so."""
+    with pytest.raises(EchelonError, match=r"a branch of 256 steps is a single rollout, which is evaluated once"):
+        tiny(also={"branch": 1 / 40})
+    tiny(also={"branch": 1 / 40, "evaluations": 1})
+    tiny(also={"branch": 1 / 40}, method="fixed-pbrs")
+    # What learns from whole episodes has rollouts of an episode at most.
+    short = {"base": "flat-grpo", "env": {"size": 8, "num_agents": 2, "limit": 4}}
+    assert also_from_toml({**short, "num_envs": 16, "steps": 40 * 64, "also": {"branch": 0.1}}).branch_rollouts == 4
+    news: list[str] = []
+    config = tiny(also={"checkpoints": [0.1], "branch": 0.05}, steps=32 * UPDATE)
+    a = grow(config, tmp_path / "run", report=lambda p: news.extend(p.news), proposer=Nothing()).account
+    assert news[0] == "a branch has 2 rollouts: so many evaluations, not 4"
+    assert len(a["stages"][0]["branches"][0]["curve"]) == 2
 
 
 def test_names_of_candidates_cannot_be_those_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1010,6 +1091,16 @@ def test_the_command_trains_evaluates_and_goes_on(place: Path, capsys: pytest.Ca
     assert read(Path("two"))["seed"] == 3
 
 
+def test_a_config_of_another_kind_is_told_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its method isn't unknown, it is of those that other settings belong to."""
+    for name in ("also", "flat-mappo", "magrpo"):
+        Path(f"{name}.toml").write_text(f'method = "{name}"\n')
+    for name, wanted in (("also", "flat-mappo"), ("flat-mappo", "sparse"), ("magrpo", "also"), ("also", "magrpo")):
+        assert main(["train", "--config", f"{name}.toml", "--method", wanted]) == 2
+        line = f"{name}.toml is a config of {name}, {wanted} has other settings: leave one of the two out\n"
+        assert capsys.readouterr().err.endswith(line)
+
+
 def test_flags_go_over_a_file_before_anything_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = flags(**{"shaping.mode": TERMS.default, "method": "fixed-pbrs", "eval-episodes": "0"})
     assert main(["train", *given, "--out", "fixed"]) == 0
@@ -1056,7 +1147,7 @@ def test_the_command_asks_a_model_behind_a_server(place: Path, capsys: pytest.Ca
         (["--method", "also", "--also.brunch", "0.1"], r"--also\.brunch.*did you mean --also\.branch"),
         (["--method", "also", "--base", "l2m2"], r"base is l2m2|'l2m2'"),
         (["--method", "also", "--base", "himac"], r"base is himac: it must be a flat method|'himac'"),
-        (["--method", "also", "--base", "flat-mapo"], r"'flat-mapo'.*flat-mappo"),
+        (["--method", "also", "--base", "flat-mapo"], r"unknown base 'flat-mapo': did you mean 'flat-mappo'"),
         (["--method", "also", "--env", "wharehouse"], r"'wharehouse'.*warehouse"),
         (["--method", "also", "--env", "meadow"], r"'meadow' has no potential terms"),
         (["--method", "also", "--also.branch", "2"], r"also\.branch is 2\.0: it must be above 0, below 1"),
@@ -1106,11 +1197,14 @@ def test_damaged_accounts_are_one_line(whole: Path, tmp_path: Path) -> None:
         "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "stages": [1]}',
         '{"format": 1, "stages": [{"name": "C0", "card": {"x": 1}, "card_note": {}, "evidence": {}, "rounds": []}]}',
         '{"format": 1, "stages": [{"name": "C0", "rounds": [{"proposed": {}, "review": null, "review_note": {}}]}]}',
-        '{"format": 1, "stages": [{"name": "C0", "rounds": [{"review_note": {}}]}]}',
+        '{"format": 1, "stages": [{"name": "C0", "rounds": [{"review_note": {}}]}]}', '{"format": "1"}', "{}",
     ):  # fmt: skip
         (folder / "account.json").write_text(text)
         with pytest.raises(EchelonError, match=r"account"):
             AlsoTrainer.resume(folder)
+    (folder / "account.json").write_text('{"format": 2}')
+    with pytest.raises(EchelonError, match=r"is of format 2, this Echelon reads format 1: use a newer Echelon"):
+        AlsoTrainer.resume(folder)
     (folder / "account.json").unlink()
     with pytest.raises(EchelonError, match=r"account\.json doesn't say what was decided at step .*: begin anew"):
         grow(tiny(), folder)

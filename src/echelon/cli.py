@@ -19,7 +19,7 @@ from echelon import cli_also, cli_planner, cli_studies, cli_teams
 from echelon._files import atomic_write_text
 from echelon.algorithms.teams import team_algorithms
 from echelon.also.configs import ALSO_METHODS
-from echelon.configs import RunConfig
+from echelon.configs import RunConfig, read_toml_file
 from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_model, fetch
@@ -29,6 +29,7 @@ from echelon.flags import (
     env_flags,
     given_flags,
     parse,
+    peek,
     refuse_beside_resume,
     refuse_teams,
     run_flags,
@@ -136,6 +137,7 @@ def _train(args: list[str]) -> int:
     from echelon.runs import read_run
     from echelon.training import Trainer
 
+    _require_one_kind(args)
     if cli_teams.trains_a_team(args):
         return cli_teams.train_team(args)
     if cli_also.trains_also(args):
@@ -174,6 +176,18 @@ def _train(args: list[str]) -> int:
         return 128 + stopper.signal
     console.print(f"run folder: {folder}")
     return 0
+
+
+def _require_one_kind(args: list[str]) -> None:
+    """Refuse a config beside a method of another kind: almost none of its settings would be that method's."""
+    file, wanted = peek(args, "--config"), peek(args, "--method")
+    if file is None or wanted is None or not Path(file).is_file():
+        return
+    kinds = (team_algorithms(), ALSO_METHODS, methods())
+    own = str(read_toml_file(Path(file), "config").get("method"))
+    here, there = ([name in kind for kind in kinds] for name in (own, wanted))
+    if any(here) and any(there) and here != there:
+        raise EchelonError(f"{file} is a config of {own}, {wanted} has other settings: leave one of the two out")
 
 
 def _refuse_torchrun(run: RunConfig) -> None:

@@ -9,13 +9,13 @@ from typing import Any, Literal, cast
 
 from echelon.algorithms import AlgorithmConfig, config_of
 from echelon.configs import RunConfig, read_toml_file, toml_document, typed
-from echelon.envs import GridConfig, WarehouseConfig, env_name, environments
+from echelon.envs import GridConfig, WarehouseConfig, env_name, environments, make
 from echelon.errors import EchelonError, unknown_name
 from echelon.extensions import import_modules
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
 from echelon.llm.store import KNOWN_MODELS, SHIPPED_PLANNERS
-from echelon.methods import method
+from echelon.methods import Method, method, methods
 from echelon.shaping import ShapingConfig, ShapingSettings, term_set
 
 __all__ = ["ALSO_METHODS", "AlsoConfig", "AlsoMethod", "AlsoSettings", "also_from_toml", "also_to_toml",
@@ -167,9 +167,13 @@ class AlsoConfig:
             raise EchelonError(
                 f"also.branch is {self.also.branch}: {len(terms.grid)} mixtures of the grid don't fit into the steps"
             )
-        tries = self.kind.start == "grid" or (self.kind.branches and self.kind.stages != "none")
-        if tries and self.evaluated_every > self.branch_steps:
+        if self.tries and self.evaluated_every > self.branch_steps:
             raise EchelonError(f"also.every is {self.also.every}: a branch has only {self.branch_steps:,} steps")
+        if self.tries and self.evaluations > 1 >= self.branch_rollouts:
+            raise EchelonError(
+                f"a branch of {self.branch_steps:,} steps is a single rollout, which is evaluated once, and the gate "
+                f"would learn nothing: raise steps or also.branch, lower num_envs, or set also.evaluations to 1"
+            )
         self.run(self.start)  # what it says of the base method's settings
 
     @property
@@ -186,6 +190,11 @@ class AlsoConfig:
         return self.shaping.config(terms.world) or terms.mode(terms.default)
 
     @property
+    def tries(self) -> bool:
+        """Whether anything is tried in branches."""
+        return self.kind.start == "grid" or (self.kind.branches and self.kind.stages != "none")
+
+    @property
     def branch_steps(self) -> int:
         """Environment steps of each branch."""
         return max(1, round(self.also.branch * self.steps))
@@ -199,6 +208,14 @@ class AlsoConfig:
     def evaluations(self) -> int:
         """Evaluations of each branch."""
         return self.also.evaluations if self.also.every is None else max(1, self.branch_steps // self.also.every)
+
+    @property
+    def branch_rollouts(self) -> int:
+        """Rollouts of each branch; it can't be evaluated more often."""
+        rollout = self.algorithm.rollout
+        if getattr(self.algorithm, "group", 0):  # it learns from whole episodes
+            rollout = min(rollout, make(env_name(self.env), self.env, num_envs=1).limit)
+        return -(-self.branch_steps // (rollout * self.num_envs))
 
     def run(self, shaping: ShapingConfig | None, *, steps: int | None = None, threads: int = 1) -> RunConfig:
         """The base method's run under a shaping (None: the task reward alone), up to so many steps."""
@@ -227,10 +244,15 @@ def _base(name: str) -> str:
     Raises:
         EchelonError: there is no such method, or it isn't flat.
     """
-    kind = method(name)
-    if not kind.learns or kind.train_planner is not None:
+    if name not in methods():
+        raise unknown_name("base", name, [kind.name for kind in methods().values() if _is_base(kind)])
+    if not _is_base(method(name)):
         raise EchelonError(f"base is {name}: it must be a flat method that learns, such as flat-mappo or qmix")
-    return kind.algorithm
+    return method(name).algorithm
+
+
+def _is_base(kind: Method) -> bool:
+    return kind.learns and kind.train_planner is None
 
 
 def resolved_proposer(proposer: str) -> str:

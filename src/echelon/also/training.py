@@ -8,6 +8,7 @@ by doing everything again that isn't.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from echelon.envs import env_name, make
 from echelon.errors import EchelonError
 from echelon.evaluation.behaviour import record_behaviour
 from echelon.extensions import resolved
+from echelon.llm.prompts import clean
 from echelon.runs import ACCOUNT, versions
 from echelon.shaping import (
     Candidate,
@@ -36,6 +38,7 @@ from echelon.shaping import (
     Proposed,
     Proposer,
     RecordedProposer,
+    ResultDiagnosis,
     ShapingConfig,
     Situation,
     Summary,
@@ -170,8 +173,11 @@ class AlsoTrainer:
         if not path.exists():
             return
         saved = read_json(path, "account")
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise EchelonError(f"{path} isn't of format {FORMAT}: begin anew in another folder")
+        found = saved.get("format") if isinstance(saved, dict) else None
+        if isinstance(found, int) and found > FORMAT:
+            raise EchelonError(f"{path} is of format {found}, this Echelon reads format {FORMAT}: use a newer Echelon")
+        if found != FORMAT:
+            raise EchelonError(f"account {path} is damaged: begin anew in another folder")
         try:
             decided = {stage["name"]: stage for stage in saved["stages"]}
             for stage in decided.values():
@@ -188,6 +194,8 @@ class AlsoTrainer:
         env = make(self.terms.world, config.env, num_envs=1)
         self.best_return = float(env.goals)
         self.proposer = None if config.kind.stages == "none" else proposer or self._proposer()
+        if isinstance(self.proposer, RecordedProposer):
+            self.proposer.require(self.terms.world)
         self.branch = config.branch_steps
         self._segments = Segments(config, folder, keep_policies=keep_policies)
         self._judging = Judge(config, self.best_return)
@@ -232,6 +240,9 @@ class AlsoTrainer:
                 self.account[name] = []
             self._at = _Mainline()
             self._save()  # there is an account from the first moment on
+            c = self.config
+            if c.tries and c.branch_rollouts < c.evaluations:
+                self._tell(f"a branch has {c.branch_rollouts} rollouts: so many evaluations, not {c.evaluations}")
             try:
                 with self._segments.open():
                     self._grow()
@@ -343,12 +354,8 @@ class AlsoTrainer:
             evidence=stage["evidence"], trials=tuple(at.trials), earlier=len(at.trials),
             underperforms=self._judging.underperforms(self.account["mainline"], at.reference),
         )  # fmt: skip
-        proposer = self.proposer
-        assert proposer is not None
         if "card" not in stage:
-            self._check_stop()
-            self._show(f"{name}: {proposer.name} diagnoses")
-            card, note = proposer.diagnose(situation) if kind.critic else (None, {})
+            card, note = self._asked(name, "diagnose", CriticCard, situation) if kind.critic else (None, {})
             if kind.critic and card is None:
                 note = note or {"asked": True}  # a record must tell that there was no card
             stage |= {"card": None if card is None else card.model_dump(mode="json"), "card_note": note}
@@ -358,9 +365,7 @@ class AlsoTrainer:
         grown: dict[str, list[Grown]] = {}
         for n in range(c.also.rounds if kind.branches else 1):
             if n == len(stage["rounds"]):
-                self._check_stop()
-                self._show(f"{name}: {proposer.name} proposes")
-                proposed = self._usable(_named(proposer.propose(situation, card), tried))
+                proposed = self._usable(_named(self._asked(name, "propose", Proposed, situation, card), tried))
                 stage["rounds"].append({"proposed": proposed.to_json(), "review": None, "review_note": {}})
                 self._save()
             turn = stage["rounds"][n]
@@ -379,8 +384,7 @@ class AlsoTrainer:
             self._told(stage, n + 1, control, reference, branches)
             situation = self._after(situation, control, reference, candidates, grown)
             if not turn["review_note"]:
-                self._check_stop()
-                review, note = proposer.review(situation)
+                review, note = self._asked(name, "review", ResultDiagnosis, situation)
                 turn |= {"review": None if review is None else review.model_dump(mode="json"),
                          "review_note": note or {"reviewed": True}}  # fmt: skip
                 self._save()
@@ -389,6 +393,36 @@ class AlsoTrainer:
     def _check_stop(self) -> None:
         if self._should_stop():
             raise StoppedError
+
+    def _asked(self, name: str, what: str, kind: type, *args: Any) -> Any:
+        """What the proposer says, of that kind: proposals, or a pair of a card or a review (or None) and a note.
+
+        Raises:
+            StoppedError: the run is to stop. A model that is asked then breaks off, and that isn't its answer.
+            EchelonError: a proposer of somebody's own is broken; the run can go on with a mended one.
+        """
+        proposer = self.proposer
+        assert proposer is not None
+        self._check_stop()
+        self._show(f"{name}: {proposer.name}: {what}")
+        try:
+            said = getattr(proposer, what)(*args)
+            if kind is Proposed:
+                if not isinstance(said, Proposed):
+                    raise TypeError(f"it returned {said!r}, no Proposed")
+                json.dumps(said.to_json())
+            else:
+                told, note = said
+                if told is not None and not isinstance(told, kind):
+                    raise TypeError(f"it returned {told!r}, no {kind.__name__} and not None")
+                json.dumps(dict(note))
+        except EchelonError:
+            raise
+        except Exception as error:  # of whatever kind: the code isn't ours
+            words = clean(f"{type(error).__name__}: {error}")[:200]
+            raise EchelonError(f"the proposer {proposer.name} is broken: its {what} failed: {words}") from error
+        self._check_stop()
+        return said
 
     def _usable(self, proposed: Proposed) -> Proposed:
         """The proposals that can be tried: one that can't costs itself, not the run."""

@@ -111,7 +111,7 @@ class RecordedProposer:
         Raises:
             EchelonError: the record is of another world.
         """
-        self._fits(situation)
+        self.require(situation.terms.world)
         if self._card >= len(self._cards):
             return None, {"exhausted": f"the record holds {len(self._cards)} of the Critic's cards"}
         self._card += 1
@@ -123,7 +123,7 @@ class RecordedProposer:
         Raises:
             EchelonError: the record is of another world.
         """
-        self._fits(situation)
+        self.require(situation.terms.world)
         if self._round >= len(self._proposed):
             note = {"exhausted": f"the record holds {len(self._proposed)} rounds of proposals"}
             return Proposed((), "uncertain", "conservative", note)
@@ -139,12 +139,17 @@ class RecordedProposer:
         Raises:
             EchelonError: the record is of another world.
         """
-        self._fits(situation)
+        self.require(situation.terms.world)
         return self._reviews[self._round - 1] if self._round else (None, {})
 
-    def _fits(self, situation: Situation) -> None:
-        if situation.terms.world != self.world:
-            raise EchelonError(f"account {self._file} is of {self.world}, not of {situation.terms.world}")
+    def require(self, world: str) -> None:
+        """Refuse another world than the record's.
+
+        Raises:
+            EchelonError: it is another.
+        """
+        if world != self.world:
+            raise EchelonError(f"account {self._file} is of {self.world}, not of {world}")
 
 
 def _was_asked(part: Mapping[str, Any], name: str) -> bool:
