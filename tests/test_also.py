@@ -216,7 +216,7 @@ def test_the_account_of_a_run(whole: Path) -> None:
     """Its parts are there and agree with each other."""
     a = read(whole)
     assert set(a) == {"format", "method", "base", "environment", "seed", "steps", "proposer", "best_return",
-                      "vocabulary", "stages", "skipped", "mainline", "segments", "final"}  # fmt: skip
+                      "vocabulary", "notes", "stages", "skipped", "mainline", "segments", "final"}  # fmt: skip
     assert (a["format"], a["method"], a["base"], a["environment"]) == (1, "also", "flat-mappo", "warehouse")
     assert (a["proposer"], a["best_return"], a["steps"]) == ("heuristic", 4.0, 40 * UPDATE)
     assert "approach" in a["vocabulary"]
@@ -771,19 +771,21 @@ def test_a_record_of_another_world_is_refused_before_anything_is_trained(whole: 
 
 
 def test_a_branch_has_no_more_evaluations_than_rollouts(tmp_path: Path) -> None:
-    """Of a single one the gate would learn nothing, unless that was asked for; of fewer than wanted the run says so."""
-    with pytest.raises(EchelonError, match=r"a branch of 256 steps is a single rollout, which is evaluated once"):
-        tiny(also={"branch": 1 / 40})
-    tiny(also={"branch": 1 / 40, "evaluations": 1})
-    tiny(also={"branch": 1 / 40}, method="fixed-pbrs")
-    # What learns from whole episodes has rollouts of an episode at most.
-    short = {"base": "flat-grpo", "env": {"size": 8, "num_agents": 2, "limit": 4}}
-    assert also_from_toml({**short, "num_envs": 16, "steps": 40 * 64, "also": {"branch": 0.1}}).branch_rollouts == 4
+    """Of fewer than were asked for a verdict rests on little: the run says so, and so does its account."""
     news: list[str] = []
     config = tiny(also={"checkpoints": [0.1], "branch": 0.05}, steps=32 * UPDATE)
     a = grow(config, tmp_path / "run", report=lambda p: news.extend(p.news), proposer=Nothing()).account
-    assert news[0] == "a branch has 2 rollouts: so many evaluations, not 4"
-    assert len(a["stages"][0]["branches"][0]["curve"]) == 2
+    assert news[0].startswith(
+        "a branch of 410 steps has 2 rollouts, so it is evaluated 2, not 4 times, and its verdict"
+    )
+    assert a["notes"] == news[:1] and len(a["stages"][0]["branches"][0]["curve"]) == 2
+    one = AlsoTrainer(tiny(also={"branch": 1 / 40}), tmp_path / "one").account["notes"]
+    assert "has 1 rollout, so it is evaluated 1, not 4 times" in one[0]
+    for k, enough in enumerate(({"also": {"branch": 1 / 40, "evaluations": 1}}, {"method": "fixed-pbrs"}, {})):
+        assert not AlsoTrainer(tiny(**enough), tmp_path / f"enough-{k}").account["notes"]
+    # What learns from whole episodes has rollouts of an episode at most.
+    short = {"base": "flat-grpo", "env": {"size": 8, "num_agents": 2, "limit": 4}}
+    assert also_from_toml({**short, "num_envs": 16, "steps": 40 * 64, "also": {"branch": 0.1}}).branch_rollouts == 4
 
 
 def test_names_of_candidates_cannot_be_those_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

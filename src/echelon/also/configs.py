@@ -169,11 +169,6 @@ class AlsoConfig:
             )
         if self.tries and self.evaluated_every > self.branch_steps:
             raise EchelonError(f"also.every is {self.also.every}: a branch has only {self.branch_steps:,} steps")
-        if self.tries and self.evaluations > 1 >= self.branch_rollouts:
-            raise EchelonError(
-                f"a branch of {self.branch_steps:,} steps is a single rollout, which is evaluated once, and the gate "
-                f"would learn nothing: raise steps or also.branch, lower num_envs, or set also.evaluations to 1"
-            )
         self.run(self.start)  # what it says of the base method's settings
 
     @property

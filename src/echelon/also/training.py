@@ -204,8 +204,18 @@ class AlsoTrainer:
             "format": FORMAT, "method": config.method, "base": config.base, "environment": self.terms.world,
             "seed": config.seed, "steps": config.steps, "best_return": self.best_return,
             "proposer": "" if self.proposer is None else self.proposer.name, "vocabulary": self.terms.vocabulary(),
-            "stages": [], "skipped": [], "mainline": [], "segments": [], "final": None,
+            "notes": self._notes(), "stages": [], "skipped": [], "mainline": [], "segments": [], "final": None,
         }  # fmt: skip
+
+    def _notes(self) -> list[str]:
+        """What whoever reads the verdicts should know."""
+        c = self.config
+        if not c.tries or c.branch_rollouts >= c.evaluations:
+            return []
+        n, least = c.branch_rollouts, c.evaluations
+        begin = f"a branch of {c.branch_steps:,} steps has {n} rollout{'s' if n > 1 else ''}"
+        return [f"{begin}, so it is evaluated {n}, not {least} times, and its verdict rests on little: raise steps or "
+                f"also.branch, or lower num_envs"]  # fmt: skip
 
     def _proposer(self) -> Proposer:
         c = self.config
@@ -240,9 +250,8 @@ class AlsoTrainer:
                 self.account[name] = []
             self._at = _Mainline()
             self._save()  # there is an account from the first moment on
-            c = self.config
-            if c.tries and c.branch_rollouts < c.evaluations:
-                self._tell(f"a branch has {c.branch_rollouts} rollouts: so many evaluations, not {c.evaluations}")
+            for note in self.account["notes"]:
+                self._tell(note)
             try:
                 with self._segments.open():
                     self._grow()
