@@ -711,7 +711,7 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
     os.close(read)
     process = subprocess.run(
         [sys.executable, "-m", "echelon", *arguments], env=surroundings(), stdout=write, stderr=subprocess.PIPE,
-        text=True, timeout=60, check=False,
+        text=True, timeout=240, check=False,
     )  # fmt: skip
     os.close(write)
     assert (process.returncode, process.stderr) == (0, "")
