@@ -26,6 +26,7 @@ from echelon.envs import Warehouse, WarehouseConfig, register
 from echelon.methods import Method, register as register_method
 
 MOOD = Path(__file__).with_name("mood")
+ONCE = ("die once", "no room", "deaf")
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,20 @@ class Yard(Warehouse):
 
     def advance(self, actions):
         self.calls += 1
-        while self.num_envs == 8 and self.calls > 18 and MOOD.exists():
-            mood = MOOD.read_text()
+        while self.num_envs == 8 and self.calls > 18:
+            try:
+                mood = MOOD.read_text()
+                if mood in ONCE:
+                    MOOD.unlink()  # of several workers that have read it, the one whose unlink succeeds acts
+            except FileNotFoundError:
+                break
             if mood == "raise":
                 raise ValueError("the conveyor is jammed")
-            if mood == "die once":
-                MOOD.unlink()
             if mood.startswith("die"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if mood == "no room":
-                MOOD.unlink()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             if mood == "deaf":
-                MOOD.unlink()
                 os.closerange(3, 256)
                 time.sleep(600)
             if mood == "hold":

@@ -97,7 +97,7 @@ def rollouts(draw: st.DrawFn) -> tuple[Array, Array, Array, NDArray[np.bool_], N
     return draw(numbers), draw(numbers), draw(numbers), terminated, terminated | draw(truth)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(rollouts(), st.floats(0, 1), st.floats(0, 1), st.booleans())
 def test_agrees_with_the_definition(
     rollout: tuple[Array, Array, Array, NDArray[np.bool_], NDArray[np.bool_]], gamma: float, lam: float, flat: bool
@@ -113,7 +113,7 @@ def test_agrees_with_the_definition(
     np.testing.assert_array_equal(returns, advantages + rollout[1])
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(hnp.arrays(np.float32, 12, elements=st.floats(-8, 8, width=16)), st.floats(0.5, 1))
 def test_with_a_full_trace_values_telescope(rewards: Array, gamma: float) -> None:
     """With λ = 1 and consistent values, the return is the discounted reward to the end plus the last value."""
@@ -163,7 +163,7 @@ def n_step_mixture(
     raise AssertionError
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(rollouts(), st.floats(0, 1), st.floats(0, 1))
 def test_td_lambda_is_the_mixture_of_n_step_returns(
     rollout: tuple[Array, Array, Array, NDArray[np.bool_], NDArray[np.bool_]], gamma: float, lam: float
@@ -237,7 +237,7 @@ def step_rows(draw: st.DrawFn) -> Rows:
     return draw(numbers), draw(numbers), draw(labels), draw(labels)
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
+@settings(max_examples=120)
 @given(step_rows(), st.sampled_from(["std", "mean"]), st.randoms(use_true_random=False))
 def test_group_relative_is_each_groups_own(rows: Rows, normalize: str, order: random.Random) -> None:
     _, scores, groups, _ = rows
@@ -268,7 +268,7 @@ def test_gigpo_golden() -> None:
     assert gigpo(*args, list("ABCAB"), step_weight=0) == pytest.approx([0.4, 0.4, 0.4, -0.6, -0.6])
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
+@settings(max_examples=120)
 @given(step_rows(), st.sampled_from(["mean_norm", "mean_std_norm"]), st.floats(0, 2))
 def test_gigpo_is_two_comparisons(rows: Rows, mode: str, weight: float) -> None:
     returns, scores, groups, anchors = rows
@@ -288,7 +288,7 @@ def test_gigpo_is_two_comparisons(rows: Rows, mode: str, weight: float) -> None:
         assert got[i] == pytest.approx(episode + weight * step, rel=1e-6, abs=1e-7)
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(step_rows(), st.booleans())
 def test_groups_on_tensors(rows: Rows, by_std: bool) -> None:
     normalize, mode = ("std", "mean_std_norm") if by_std else ("mean", "mean_norm")

@@ -60,7 +60,6 @@ def test_path_lengths_are_told_to_about_a_tenth() -> None:
     assert len(np.unique(ABOUT[:1000])) < 60, "few lengths, few questions"
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.integers(0, 2**20), st.integers(0, 4), st.integers(0, 2**16 - 1), st.integers(0, CONTEXTS - 1))
 def test_a_place_is_one_number_and_back(row: int, verdict: int, steps: int, context: int) -> None:
     place = pack(*(np.array([x]) for x in (row, verdict, steps, context)))
@@ -120,7 +119,7 @@ def test_what_a_template_does_not_ask_for_counts_nothing() -> None:
         assert said == {"nearer": 0, "after": 0, "gain": 0} | {name: {"nearer": 1, "after": 16, "gain": 2}[name]}
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4))
 def test_contexts_are_those_of_a_plain_program(seed: int, agents: int, tasks: int) -> None:
     rng = np.random.default_rng(seed)
@@ -244,7 +243,7 @@ def test_who_is_left_with_nothing_waits_and_shared_tasks_go_to_all() -> None:
     assert Team(logits, kind=TOOL).agree().tolist() == [[0, 0, 0]]
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
 def test_a_team_agrees_on_its_most_probable_plan(seed: int, agents: int, tasks: int) -> None:
     rng = np.random.default_rng(seed)

@@ -218,7 +218,7 @@ def test_an_update_larger_than_the_page_is_cut_and_says_so(tmp_path: Path, monke
 
 
 @given(st.integers(0, 300))
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_spread_is_an_order_of_all_that_is_dense_everywhere(count: int) -> None:
     order = list(dialogues._spread(count))
     assert sorted(order) == list(range(count))
@@ -229,7 +229,7 @@ def test_the_spread_is_an_order_of_all_that_is_dense_everywhere(count: int) -> N
 
 
 @given(st.text(), st.text(alphabet="<>/!-&script\u2028\u202e\x00\x1b\ud800"))
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_no_text_ends_the_element_that_holds_it(tmp_path_factory: pytest.TempPathFactory, role: str, text: str) -> None:
     folder = tmp_path_factory.mktemp("any")
     lines = [scene(1, "train", 0, [], [{"said": {role: text}, "reward": 1.0, "parts": {text: 1.0}}], **{role: text})]

@@ -299,7 +299,7 @@ def test_the_memory_holds_the_last_answers() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=60), st.sampled_from([0.3, 0.5, 0.8, 0.95]))
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_the_threshold_is_the_smallest_that_is_good_enough(records: list[tuple[int, bool]], wanted: float) -> None:
     confidence = np.array([c for c, _ in records], np.float32) / 12
     agreed = np.array([a for _, a in records], bool)

@@ -242,7 +242,7 @@ def environment(**more: str) -> dict[str, str]:
 def torchrun(case: str, folder: Path) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     done = subprocess.run(
-        [*command, case, str(folder)], capture_output=True, text=True, timeout=120, env=environment(), check=False
+        [*command, case, str(folder)], capture_output=True, text=True, timeout=240, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [text[1:-1] for text in done.stdout.splitlines() if text.startswith("[") and text.endswith("]")]

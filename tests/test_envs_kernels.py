@@ -70,7 +70,7 @@ def crowds(draw):
     return height, width, walls, agents, actions, draw(st.integers(0, len(agents) - 1))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(crowds())
 def test_moves_are_those_of_the_plain_rule(crowd):
     height, width, walls, agents, actions, first = crowd
@@ -139,7 +139,7 @@ def bfs(walls, source):
     return far
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["shelves", "random", "open"]),
     st.integers(9, 30), st.integers(9, 30), st.floats(0, 0.4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99),
@@ -168,7 +168,6 @@ def test_a_distance_field_from_a_wall_reaches_nothing():
     assert (field == kernels.UNREACHABLE).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), max_size=12))
 def test_keep_three_keeps_the_three_least(numbers):
     best = (99, 99, 99)

@@ -278,7 +278,7 @@ def test_kill_9_while_plans_are_pending_loses_nothing(tmp_path: Path, monkeypatc
         dies = len(asked) * 2 // 3
         Trainer(config, tmp_path / "run")
         command = [sys.executable, "-c", DIES, str(tmp_path / "run"), str(dies)]
-        child = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=120, check=False)
+        child = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=240, check=False)
         assert child.returncode == -signal.SIGKILL, child.stderr
         saved = [p.name for p in checkpoints_of(tmp_path / "run/checkpoints")]
         assert saved and saved[-1] != "step-000000000256", "it died in the middle"
@@ -428,7 +428,7 @@ def chain() -> Iterator[Callable[[list[Fault], str, int | None], TeamWorlds]]:
         model.close()
 
 
-@settings(derandomize=True, deadline=None, max_examples=90)
+@settings(max_examples=90)
 @given(
     told=st.lists(_REPLY, min_size=1, max_size=6), ask=st.sampled_from(["team", "agent"]),
     lag=st.sampled_from([None, None, 1]),

@@ -126,7 +126,7 @@ def definition(
 unit = st.floats(0, 1)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(trajectories(), unit, unit, unit, st.sampled_from(["none", "self", "last"]))
 def test_agrees_with_the_definition(x: Trajectory, gamma: float, lam_turn: float, lam_seg: float, after: str) -> None:
     low, high = {"none": (0, 0), "self": (x.v_low[-1], x.v_high[x.segments[-1][0]]), "last": (3.5, -2.5)}[after]
@@ -137,7 +137,7 @@ def test_agrees_with_the_definition(x: Trajectory, gamma: float, lam_turn: float
     assert_same(got, definition(x, gamma, lam_turn, lam_seg, low, high))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories())
 def test_without_discount_a_segment_telescopes(x: Trajectory) -> None:
     """γ = λ_turn = 1: the first turn's advantage is the segment's rewards + V^H of the next boundary − V^L."""
@@ -147,7 +147,7 @@ def test_without_discount_a_segment_telescopes(x: Trajectory) -> None:
         assert got.adv_low[s] == pytest.approx(x.rewards[s:n].sum() + after - x.v_low[s])
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories(), unit, unit)
 def test_where_every_turn_is_a_segment_the_high_level_is_gae(x: Trajectory, gamma: float, lam: float) -> None:
     x = x._replace(switches=np.ones_like(x.switches))
@@ -157,7 +157,7 @@ def test_where_every_turn_is_a_segment_the_high_level_is_gae(x: Trajectory, gamm
     np.testing.assert_allclose(got.ret_high, returns, rtol=1e-4, atol=1e-3)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories(), unit, unit)
 def test_in_a_single_segment_the_low_level_is_gae(x: Trajectory, gamma: float, lam: float) -> None:
     x = x._replace(switches=np.zeros_like(x.switches))
@@ -175,7 +175,7 @@ def flat(x: Trajectory, values: Array, gamma: float, lam: float) -> tuple[NDArra
     return advantages[:, 0], returns[:, 0]
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories(), unit)
 def test_a_discount_for_each_turn(x: Trajectory, gamma: float) -> None:
     """Equal discounts are one discount; a turn of two steps is two turns of one, to the high level and the switch."""
@@ -196,7 +196,7 @@ def test_a_discount_for_each_turn(x: Trajectory, gamma: float) -> None:
 # -- what must not leak --------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(trajectories(), st.data())
 def test_nothing_leaks_across_segments(x: Trajectory, data: st.DataObject) -> None:
     """Of what comes later, the low level and the switch see V^H of the next boundary; the high level sees more only
@@ -226,7 +226,7 @@ def test_nothing_leaks_across_segments(x: Trajectory, data: st.DataObject) -> No
         np.testing.assert_array_equal(getattr(a, name)[s:n], getattr(b, name)[s:n])
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories(), st.data())
 def test_a_later_segment_is_as_if_it_were_alone(x: Trajectory, data: st.DataObject) -> None:
     s, _ = data.draw(st.sampled_from(x.segments))
@@ -234,7 +234,7 @@ def test_a_later_segment_is_as_if_it_were_alone(x: Trajectory, data: st.DataObje
     assert_same(HAE(*(y[s:] for y in whole)), hae(*(y[s:] for y in x), **SETTING, bootstrap_truncated=True), 0)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories(), st.booleans(), st.booleans())
 def test_v_high_is_read_at_boundaries_only(x: Trajectory, truncated: bool, normalize: bool) -> None:
     boundary = x.switches.copy()
@@ -246,7 +246,7 @@ def test_v_high_is_read_at_boundaries_only(x: Trajectory, truncated: bool, norma
     assert_same(HAE(*(y[0].numpy() for y in tensors)), hae(*x, **kwargs))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(trajectories(), trajectories())
 def test_what_follows_an_end_changes_nothing_before_it(x: Trajectory, y: Trajectory) -> None:
     """Also where the rows behind the end say KEEP, so that they would belong to its segment."""
@@ -308,7 +308,7 @@ def test_keep_consistency() -> None:
         keep_consistency_penalty([1], ["a", "b"], -0.3)
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(trajectories())
 def test_normalised_levels_have_mean_0_each_over_its_own_turns(x: Trajectory) -> None:
     raw, got = hae(*x, **SETTING), hae(*x, **SETTING, normalize=True)
@@ -355,7 +355,7 @@ KNOBS = st.fixed_dictionaries(
 BATCHES = st.lists(trajectories(7), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(BATCHES, KNOBS, st.integers(0, 3), st.booleans(), st.booleans())
 def test_a_batch_is_its_trajectories_whatever_stands_in_the_padding(
     batch: list[Trajectory], knobs: dict[str, Any], padding: int, last: bool, head: bool
@@ -384,7 +384,7 @@ def test_a_batch_is_its_trajectories_whatever_stands_in_the_padding(
     assert head or not (many.adv_term.any() or many.ret_term.any())
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(BATCHES)
 def test_a_batch_is_normalised_as_a_whole(batch: list[Trajectory]) -> None:
     lengths = np.array([len(x.rewards) for x in batch])
@@ -455,7 +455,7 @@ def test_option_critic_by_hand() -> None:
         hae_switch_option_critic([3.0], [1.0], [1], [0.5, 0.5])
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(st.floats(-8, 8, width=16), st.floats(-8, 8, width=16), unit)
 def test_option_critic_is_the_advantage_of_a_sampled_decision(high: float, low: float, beta: float) -> None:
     """Value of the decision minus the mean over decisions; so its own mean is 0."""

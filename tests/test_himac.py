@@ -113,7 +113,7 @@ def test_decisions_in_the_same_state_are_compared_with_each_other() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 2)), min_size=1, max_size=12))
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_best_of_each_group_is_picked(pairs: list[tuple[int, int]]) -> None:
     groups, scores = np.array([g for g, _ in pairs]), np.array([s for _, s in pairs], np.float32)
     picked = HiMAC(HiMACConfig(), TablePolicy(1), 0).pick(scores, groups)

@@ -83,7 +83,7 @@ def test_probabilities_by_hand() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 3))
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_padding_joining_and_taking_change_no_probability(seed: int, extra: int) -> None:
     rng = np.random.default_rng(seed)
     one, other = random_decisions(rng), random_decisions(rng, n=5, width=2)

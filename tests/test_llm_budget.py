@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import EchelonError
@@ -135,7 +135,6 @@ def test_threads_share_one_budget() -> None:
     assert sum(granted) == 1000
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -89,7 +89,7 @@ def test_control_tokens_are_read_from_the_header(tmp_path: Path) -> None:
         assert gguf_module._control_tokens(file) == []
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(cut=st.integers(0, 400), at=st.integers(0, 399), value=st.binary(min_size=8, max_size=8), swap=st.booleans())
 def test_a_broken_header_is_one_line(
     tmp_path_factory: pytest.TempPathFactory, cut: int, at: int, value: bytes, swap: bool

@@ -211,7 +211,7 @@ def in_a_process(names: list[str]) -> list[str]:
         "    except EchelonError as error: print(error)"
     )
     command = [sys.executable, "-c", code, json.dumps(sys.path), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "hf_secret" not in done.stdout + done.stderr

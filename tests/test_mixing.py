@@ -20,7 +20,7 @@ def mixer(num_agents: int = 3, state_size: int = 5, seed: int = 0, spread: float
     return made
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(
     hnp.arrays(np.float32, (7, 3), elements=st.floats(-20, 20, width=16)),
     hnp.arrays(np.int8, (7, 5)),
@@ -33,7 +33,7 @@ def test_no_agents_value_lowers_the_teams(values: np.ndarray, state: np.ndarray,
     assert (slope >= 0).all()
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), hnp.arrays(np.float32, (3, 4), elements=st.floats(-20, 20, width=16)))
 def test_the_best_action_of_each_agent_is_the_best_joint_action(seed: int, values: np.ndarray) -> None:
     """QMIX's Eq. 4, by enumeration of all joint actions."""

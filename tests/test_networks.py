@@ -206,7 +206,7 @@ def batches(draw: st.DrawFn) -> tuple[Array, NDArray[np.uint8], NDArray[np.int8]
     return logits, mask, actions, old, advantages
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(batches(), st.sampled_from([0.1, 0.2, 0.5]), st.sampled_from([0.0, 0.01, 1.0]))
 def test_policy_gradient_is_that_of_the_stated_loss(
     batch: tuple[Array, NDArray[np.uint8], NDArray[np.int8], Array, Array], clip: float, entropy: float
@@ -287,7 +287,7 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
         assert abs(same - (chances**2).sum()) < 5 * (0.25 / worlds) ** 0.5
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(st.data(), st.booleans())
 def test_no_masked_action_is_ever_taken_and_log_probabilities_are_right(data: st.DataObject, greedy: bool) -> None:
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)))

@@ -189,7 +189,7 @@ def bridgeless_boards(draw: st.DrawFn) -> Board:
 # -- safety, on any map ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(boards(), st.data())
 def test_never_a_conflict_and_as_the_pseudo_code(board, data):
     cells = sorted(board.free)
@@ -323,7 +323,7 @@ def test_ways_out_of_dead_ends():
     assert field.tolist() == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(boards())
 def test_parking_is_as_near_as_breadth_first_search_says(board):
     core = set(board.free)
@@ -384,7 +384,7 @@ def test_everybody_arrives_where_neighbours_share_a_cycle(rows):
             assert arrive(board, starts, goals, seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bridgeless_boards(), st.data())
 def test_everybody_arrives_on_any_such_map(board, data):
     cells = sorted(board.free)

@@ -108,7 +108,7 @@ def check_sound(tracker: SubgoalTracker, request: PlanRequest, plan: Plan) -> No
 # -- optimal assignment ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(st.data())
 def test_assign_is_optimal(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 7))
@@ -446,7 +446,7 @@ def test_a_hostile_label_can_not_break_the_prompt() -> None:
     assert hostile.asked[0].shared == plain.asked[0].shared
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(st.text(max_size=60))
 def test_no_label_whatever_adds_a_line(label: str) -> None:
     model = Scripted(lambda k, prompt: [1, 1])

@@ -142,7 +142,7 @@ def test_qmix_solves_the_two_step_game_and_vdn_can_not(seed: int) -> None:
 # -- what is chosen -----------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from([0.0, 0.3, 1.0]))
 def test_illegal_actions_are_never_chosen(data: st.DataObject, epsilon: float) -> None:
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)))

@@ -564,11 +564,13 @@ def test_keys_step_play_and_pause(show: Open) -> None:
     assert state(page)["step"] == "4" and text_of(page, "done") == "1"
     press(page, Keys.HOME, Keys.ARROW_LEFT)
     assert state(page)["step"] == "0"
-    press(page, " ")
+    # A step a second: the 4 steps last longer than a slow browser takes to answer.
+    press(page, *"---", " ")
     assert state(page)["playing"] == "true"
+    press(page, *"+++")
     until(page, "return document.getElementById('app').dataset.step === '4'")
     until(page, "return document.getElementById('app').dataset.playing === 'false'")
-    press(page, " ")  # at the end, playing starts again
+    press(page, *"---", " ")  # at the end, playing starts again
     assert state(page)["playing"] == "true" and int(state(page)["step"]) < 4
     press(page, " ")
     assert state(page)["playing"] == "false"
@@ -584,8 +586,8 @@ def test_playing_moves_between_cells_unless_motion_is_unwanted(show: Open) -> No
     page = show(warehouse(episodes=1), prefers_reduced_motion="reduce")
     press(page, " ")
     drawn = set()
-    for _ in range(2000):
-        if int(state(page)["step"]) >= 3:
+    for _ in range(20_000):  # 2 s of playing, so that a slow browser answers more than once
+        if int(state(page)["step"]) >= 8:
             break
         drawn.add(page.execute_script("return document.getElementById('world').dataset.drawn"))
     assert len(drawn) > 1 and all(float(at).is_integer() for at in drawn)

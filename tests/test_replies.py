@@ -210,7 +210,7 @@ TEXT = (
 )
 
 
-@settings(deadline=None, max_examples=600, derandomize=True)
+@settings(max_examples=600)
 @given(TEXT, st.dictionaries(st.integers(0, 2), st.integers(1, 4), min_size=1))
 def test_whatever_the_text_proposals_are_in_range(text: str, options: dict[int, int]) -> None:
     found = read(text, options)
@@ -230,7 +230,7 @@ def test_whatever_the_text_proposals_are_in_range(text: str, options: dict[int, 
     assert found == read(text, options)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(st.permutations([0, 2]), st.integers(0, 3), st.integers(0, 5), st.text(max_size=30), st.text(max_size=30))
 def test_a_good_plan_is_read_whatever_prose_without_braces_is_around_it(
     order: list[int], a: int, b: int, before: str, behind: str

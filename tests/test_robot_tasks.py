@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.envs import Search, Warehouse, WarehouseConfig
@@ -100,7 +100,6 @@ def test_a_reply_is_a_capital_letter_and_one_clean_line(reply: str, place: int |
     assert read_reply(reply, 3) == (place, message)
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.text(max_size=600), st.integers(1, 26))
 def test_any_text_is_read_as_an_option_or_as_none_with_a_short_printable_line(text: str, count: int) -> None:
     for reply in (text, f"A {text}"):

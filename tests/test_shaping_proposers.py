@@ -38,7 +38,6 @@ from echelon.shaping import (
 )
 from misbehaving_server import MisbehavingServer
 
-deterministic = settings(max_examples=40, derandomize=True, deadline=None)
 WORLDS = ("search", "warehouse", "repair")
 FINE = Behaviour(10, 50.0, 0.5, 0.1, 0.1, 0.05, 0.2, 4.0, 0.2, 1.0, 0.1, 0.3, 0.8, 0.1, 0.05, 3.0, 3.0)
 FLAT = [0.0] * 8
@@ -110,7 +109,7 @@ behaviours = st.builds(
     st.floats(0, 1),
     st.integers(0, 5),
 )
-@deterministic
+@settings(max_examples=40)
 def test_rules_always_propose_what_may_be_tried(terms, curve, stats, count, initial, under, beta, pick) -> None:
     """Six rounds, in which all that was tried stays tried; some of it comes into force."""
     modes = [None, *terms.modes.values()]

@@ -452,7 +452,7 @@ def test_equal_means_whose_rounding_differs_are_equal() -> None:
     assert anova(same) == (0.0, (1.0, 8.0), 1.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), min_size=2, max_size=5), min_size=2, max_size=3)
 )

@@ -224,7 +224,7 @@ def test_without_a_cluster_ray_is_started_here_and_ended(yard: Path, whole: Path
     before = ray_processes()
     driver = start_driver(yard, tmp_path / "study", None, tmp_path / "said")
     wait_for(lambda: driver.poll() is not None or ray_processes() - before)
-    assert driver.wait(60) == 0
+    assert driver.wait(240) == 0
     assert (tmp_path / "said").read_text() == f"{['finished'] * 4}\n"
     same(whole, tmp_path / "study", runs=4)
     wait_for(lambda: not ray_processes() - before, 120)
@@ -336,7 +336,7 @@ def test_a_cluster_that_goes_away_is_one_line_and_fails_no_run(
     address = cluster.address
     backend.close()
     cluster.shutdown()
-    driver.wait(60)
+    driver.wait(240)
     line = f"StorageError the Ray cluster at {address} is gone: start it and the study again\n"
     assert (tmp_path / "said").read_text() == line
     assert not list(folder.glob("runs/*/failed.json"))

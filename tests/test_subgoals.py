@@ -140,7 +140,7 @@ def test_potential_reward_by_hand(build: Build) -> None:
     assert step(tracker, W) == pytest.approx(0.1 * 1 + 1)
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 999))
 def test_the_discounted_potential_rewards_of_a_subgoal_telescope(actions: list[int], seed: int) -> None:
     """Whatever the agent does, they add up to what its first distance was worth, less what is left."""
@@ -445,7 +445,7 @@ def island_worlds() -> SubgoalTracker:
     return tracker
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(st.data())
 def test_whatever_a_planner_says_only_sound_subgoals_are_accepted(data: st.DataObject) -> None:
     tracker = ISLANDS

@@ -398,7 +398,7 @@ def numbers(*likely: int) -> st.SearchStrategy[int]:
     return st.one_of(st.sampled_from(likely), st.integers(-(2**31), 2**31 - 1))
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(st.data())
 def test_whatever_a_planner_says_in_the_frame_is_judged_as_there(data: st.DataObject) -> None:
     """The verdicts on a plan, unfolded, are those that a tracker of the turned world would give."""
@@ -604,7 +604,7 @@ def test_whatever_changes_that_is_seen_changes_the_key_and_nothing_else_does(wha
     blind = fold(REQUEST, sees=rest).keys
     seeing = fold(REQUEST, sees=with_it).keys
 
-    @settings(deadline=None, max_examples=12, derandomize=True)
+    @settings(max_examples=12)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         other = changed(REQUEST, what, data)

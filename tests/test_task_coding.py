@@ -204,7 +204,7 @@ def test_equal_programs_run_once_and_keep_their_places(coding: CodingTask) -> No
         st.sampled_from(["def aux(", "def total(", "x):", "\n", "    return ", "aux(x)", "```", "python", "(", "é"])
     )
 )
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_reply_has_a_reward(coding: CodingTask, pieces: list[str]) -> None:
     text = "".join(pieces)
     scored = coding.score([Attempt(0, (), (text, text))])[0]

@@ -35,8 +35,10 @@ def sandboxes() -> Iterator[Callable[..., Sandbox]]:
     """Sandboxes without some barriers; skips where this machine has none of those that a test wants."""
     made: list[Sandbox] = []
 
-    def make(*without: str, needs: str = "", weak: bool = False, limits: Limits = QUICK) -> Sandbox:
-        found = Sandbox(limits, workers=1, without=without, weak=weak)
+    def make(
+        *without: str, needs: str = "", weak: bool = False, limits: Limits = QUICK, python: str | None = None
+    ) -> Sandbox:
+        found = Sandbox(limits, workers=1, without=without, weak=weak, python=python)
         made.append(found)
         try:
             report = found.report()
@@ -51,15 +53,24 @@ def sandboxes() -> Iterator[Callable[..., Sandbox]]:
         found.close()
 
 
-def of_sandboxes() -> list[int]:
-    """The processes that are a sandbox's server or were forked from one (the name of the command tells)."""
-    found = []
+@pytest.fixture
+def own_python(tmp_path: Path) -> str:
+    """A name of the interpreter that only this test uses: tests beside it have sandboxes too."""
+    path = tmp_path / "python"
+    path.symlink_to(sys.executable)
+    return str(path)
+
+
+def of_sandboxes(python: str) -> set[int]:
+    """The processes that are a sandbox's server run by `python` or were forked from one (their command tells)."""
+    found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"_sandbox_server.py" in path.read_bytes():
-                found.append(int(path.parent.name))
+            command = path.read_bytes().split(b"\0")
         except OSError:
             continue
+        if command[0] == os.fsencode(python):
+            found.add(int(path.parent.name))
     return found
 
 
@@ -255,12 +266,15 @@ BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:
 
 
 @pytest.mark.parametrize("without", [KERNEL, (*KERNEL, "seccomp")], ids=["seccomp", "pids"])
-def test_a_fork_bomb_leaves_nothing(sandboxes: Callable[..., Sandbox], without: tuple[str, ...]) -> None:
-    bombed = sandboxes(*without, limits=Limits(wall_seconds=1.0, cpu_seconds=1))
-    before = of_sandboxes()
+def test_a_fork_bomb_leaves_nothing(
+    sandboxes: Callable[..., Sandbox], without: tuple[str, ...], own_python: str
+) -> None:
+    bombed = sandboxes(*without, limits=Limits(wall_seconds=1.0, cpu_seconds=1), python=own_python)
+    before = of_sandboxes(own_python)
+    assert before
     assert bombed.run(Program(BOMB)).status == "timeout"
     assert bombed.run(Program("", ("assert True",))).passed == (True,)
-    assert set(of_sandboxes()) <= set(before)
+    assert of_sandboxes(own_python) <= before
 
 
 def test_seccomp_allows_no_other_process_or_thread(sandboxes: Callable[..., Sandbox]) -> None:
@@ -289,13 +303,16 @@ print('left behind')
 
 
 @pytest.mark.parametrize("without", [("seccomp",), ("seccomp", "pids")], ids=["pids", "none"])
-def test_grandchildren_die_with_the_program(sandboxes: Callable[..., Sandbox], without: tuple[str, ...]) -> None:
-    made = sandboxes(*KERNEL, *without, weak=True)
-    before = of_sandboxes()
+def test_grandchildren_die_with_the_program(
+    sandboxes: Callable[..., Sandbox], without: tuple[str, ...], own_python: str
+) -> None:
+    made = sandboxes(*KERNEL, *without, weak=True, python=own_python)
+    before = of_sandboxes(own_python)
+    assert before
     result = made.run(Program(ORPHAN))
     assert result.output == "left behind\n"
     assert result.status == "ok"
-    assert set(of_sandboxes()) <= set(before)
+    assert of_sandboxes(own_python) <= before
 
 
 def test_the_environment_of_this_process_is_out_of_reach(

@@ -126,7 +126,7 @@ def levels_of(root: Node) -> list[Array]:
         nodes = below
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(trees(), st.floats(0, 1))
 def test_returns_are_their_definition_in_both_forms(tree: Node, discount: float) -> None:
     wanted = by_definition(tree, discount)
@@ -135,7 +135,7 @@ def test_returns_are_their_definition_in_both_forms(tree: Node, discount: float)
     np.testing.assert_array_equal(team_tree_returns(tree, discount=0)[0], tree.rewards)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(trees(), st.floats(0, 1), st.floats(-3, 3), st.integers(0, 2**32 - 1))
 def test_returns_are_linear_in_rewards(tree: Node, discount: float, factor: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -233,7 +233,7 @@ CROSS = st.tuples(st.integers(2, 3), st.integers(1, 3)).flatmap(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(CROSS)
 def test_what_is_centred_has_mean_zero_and_the_best_has_none_above(returns: Array) -> None:
     for mode in ("mean", "rloo"):
@@ -241,7 +241,7 @@ def test_what_is_centred_has_mean_zero_and_the_best_has_none_above(returns: Arra
     assert (team_advantages(returns, mode="max", joint="cross").max(1) == 0).all()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(CROSS)
 def test_normalised_all_modes_coincide(returns: Array) -> None:
     """Wherever scores differ by more than rounding."""
@@ -254,7 +254,7 @@ def test_normalised_all_modes_coincide(returns: Array) -> None:
     np.testing.assert_allclose(found[0][clear].std(1), 1, rtol=1e-6)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(GROUPS, st.sampled_from(MODES), st.booleans(), st.randoms(use_true_random=False))
 def test_the_order_of_replies_does_not_matter(returns: Array, mode: TeamMode, normalize: bool, random: Any) -> None:
     order = list(range(len(returns)))
@@ -266,7 +266,7 @@ def test_the_order_of_replies_does_not_matter(returns: Array, mode: TeamMode, no
     np.testing.assert_allclose(moved, plain[:, order], atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(GROUPS, st.sampled_from(MODES))
 def test_a_team_of_one_makes_the_same_of_both_kinds_of_joint_actions(returns: Array, mode: TeamMode) -> None:
     crossed = team_advantages(returns, mode=mode, joint="cross")

@@ -314,7 +314,7 @@ def test_imitation_of_a_written_reply(tiny: Path) -> None:
     n=st.integers(1, 3),
     most=st.integers(1, 12),
 )
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_a_reply_depends_on_its_prompt_and_key_alone(
     sampler: TokenPolicy, picked: list[int], rows: int, n: int, most: int
 ) -> None:

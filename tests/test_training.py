@@ -263,7 +263,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_loses_nothing(
     whole = straight(config, tmp_path / "whole")
     Trainer(config, tmp_path / "run")
     process = _resume_in_child(tmp_path / "run", _die_at_call, function, call, where)
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     for checkpoint in checkpoints_of(tmp_path / "run/checkpoints"):
         load_checkpoint(checkpoint)
@@ -285,9 +285,9 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(tmp_path: Path) 
             before = len(_steps_logged(tmp_path / "run"))
             while process.is_alive() and len(_steps_logged(tmp_path / "run")) <= before:
                 time.sleep(0.01)
-            process.join(rng.uniform(0, 0.4))
+            process.join(rng.uniform(0, 0.1))  # short: a fast machine, too, is to be stopped several times
             process.kill()
-        process.join(60)
+        process.join(240)
         deaths += process.exitcode == -signal.SIGKILL
         if process.exitcode == 0:
             break
@@ -450,7 +450,7 @@ def test_a_file_that_can_not_be_written_is_one_line_and_the_run_goes_on_later(ro
     process = _context().Process(target=_train_in_little_room, args=(str(tmp_path / "run"), room, answer))
     process.start()
     line = answer.get(timeout=240)
-    process.join(60)
+    process.join(240)
     assert line.startswith("could not write") and "\n" not in line
     assert [p.name for p in checkpoints_of(tmp_path / "run/checkpoints")] == kept
     finish(tmp_path / "run")
@@ -651,7 +651,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
     )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(run_configs())
 def test_settings_survive_their_file(config: RunConfig) -> None:
     """`from_toml(to_toml(config)) == config` for whatever settings, names with odd characters included."""
