@@ -11,10 +11,9 @@ import numpy as np
 from echelon.also.configs import AlsoConfig
 from echelon.also.segments import Grown
 from echelon.shaping import ShapingConfig, Summary, Verdict, gate, hopeless, reference_leads, score_lead, summarise
+from echelon.shaping.gate import SHOWN
 
 __all__ = ["Judge", "Lead", "known_numbers", "numbers"]
-
-_NUMBERS = ("last_k", "auc", "final", "best", "std", "score", "spike_gap")
 
 Lead = tuple[float, float, float]
 """By how much a candidate's score leads the control's, and the ends of the bootstrap interval over seeds."""
@@ -86,7 +85,7 @@ class Judge:
 
 def numbers(summary: Summary) -> dict[str, float | None]:
     """The gate's numbers of a branch for an account; None where one can't be had."""
-    found = {name: float(getattr(summary, name)) for name in _NUMBERS}
+    found = {name: float(getattr(summary, name)) for name in SHOWN}
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in found.items()}
 
 

@@ -17,6 +17,7 @@ from echelon.errors import EchelonError
 from echelon.llm.prompts import clean
 from echelon.planners.replies import LOOK, json_objects
 from echelon.shaping.base import ShapingConfig, TermSet
+from echelon.shaping.gate import Stage
 
 __all__ = [
     "CONTINUING_TYPES",
@@ -26,6 +27,7 @@ __all__ = [
     "Checked",
     "CriticCard",
     "GeneratorReply",
+    "Policy",
     "Proposal",
     "ResultDiagnosis",
     "check_candidates",
@@ -78,7 +80,7 @@ Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.
 Lines = Annotated[list[Line], Field(max_length=12)]
 # Names of one's own may be put into any words: they are made names.
 OwnName = Annotated[str, Field(min_length=1, max_length=64), BeforeValidator(_named)]
-Stage = Literal["exploration", "acceleration", "plateau", "regression", "uncertain"]
+Policy = Literal["conservative", "moderate", "recovery"]
 
 
 class _Reply(BaseModel):
@@ -117,7 +119,7 @@ class GeneratorReply(_Reply):
     """What the Generator proposes for one round."""
 
     stage_diagnosis: Stage
-    search_policy: Literal["conservative", "moderate", "recovery"]
+    search_policy: Policy
     candidates: Annotated[list[Proposal], Field(min_length=1, max_length=12)]
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echelon.shaping.gate import LAST, summarise
+from echelon.shaping.gate import LAST, Stage, summarise
 
 __all__ = ["Behaviour", "CurveFeatures", "Recording", "behaviour", "curve_features", "evidence", "flags"]
 
@@ -23,8 +23,6 @@ NEAR = 2
 """Cells to a goal, at most, that are near it."""
 ENOUGH = 3
 """Episodes that there must be for statistics to say anything."""
-
-Stage = Literal["exploration", "acceleration", "plateau", "regression", "uncertain"]
 
 
 @dataclass(frozen=True)

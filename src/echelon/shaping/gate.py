@@ -9,20 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from echelon.errors import EchelonError, unknown_name
 
-__all__ = ["LAST", "Summary", "Verdict", "gate", "hopeless", "reference_leads", "score_lead", "summarise"]
+__all__ = [
+    "LAST",
+    "NUMBERS",
+    "SHOWN",
+    "Stage",
+    "Summary",
+    "Verdict",
+    "gate",
+    "hopeless",
+    "reference_leads",
+    "score_lead",
+    "summarise",
+]
 
 LAST = 5
 """Evaluations at a curve's end that count as its last ones."""
 
+NUMBERS = ("last_k", "auc", "final", "best", "std")
+"""What a summary must hold."""
+SHOWN = (*NUMBERS, "score", "spike_gap")
+"""What prompts and accounts tell of one."""
+
+Stage = Literal["exploration", "acceleration", "plateau", "regression", "uncertain"]
+"""Where a curve stands: as its features say it, and as a Generator names it."""
+
 _SLACK = 1e-9  # 0.4 + 0.04 is to be reached by 0.44, as it is on paper
-_NUMBERS = ("last_k", "auc", "final", "best", "std")
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class Summary:
         """`problem`, or that a number isn't finite, or None."""
         if self.problem is not None:
             return self.problem
-        wrong = [name for name in _NUMBERS if not math.isfinite(getattr(self, name))]
+        wrong = [name for name in NUMBERS if not math.isfinite(getattr(self, name))]
         wrong += ["spike_gap"] if self.gap is not None and not math.isfinite(self.gap) else []
         return f"{' and '.join(wrong)} not finite" if wrong else None
 
@@ -332,20 +351,20 @@ def _read(name: str, given: SummaryLike) -> Summary:
     if given is None:
         return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, "there is no summary")
     if isinstance(given, Mapping):
-        known = {*_NUMBERS, "spike_gap", "score", "valid", "problem", "config"}
+        known = {*NUMBERS, "spike_gap", "score", "valid", "problem", "config"}
         for key in given:
             if key not in known:
                 raise unknown_name(f"part of the summary of {name}", str(key), known)
-        lacks = [key for key in _NUMBERS if key not in given]
+        lacks = [key for key in NUMBERS if key not in given]
         if lacks:
             raise EchelonError(f"the summary of {name} lacks {', '.join(lacks)}")
-        values = [given[key] for key in _NUMBERS]
+        values = [given[key] for key in NUMBERS]
         problem = given.get("problem") or (None if given.get("valid", True) else "the branch isn't valid")
         config, gap = given.get("config"), given.get("spike_gap")
     else:
         values, problem, config, gap = list(given), None, None, None
-        if len(values) != len(_NUMBERS):
-            raise EchelonError(f"the summary of {name} has {len(values)} numbers, not {', '.join(_NUMBERS)}")
+        if len(values) != len(NUMBERS):
+            raise EchelonError(f"the summary of {name} has {len(values)} numbers, not {', '.join(NUMBERS)}")
     try:
         last_k, auc, final, best, std = (float(value) for value in values)
         gap = None if gap is None else float(gap)

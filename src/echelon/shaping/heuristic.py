@@ -12,7 +12,8 @@ from itertools import chain, combinations
 from typing import Any, get_args
 
 from echelon.shaping.base import ShapingConfig, TermSet
-from echelon.shaping.candidates import FALLBACK_TYPES, Candidate, CriticCard, ResultDiagnosis, Stage, is_nontrivial
+from echelon.shaping.candidates import FALLBACK_TYPES, Candidate, CriticCard, ResultDiagnosis, is_nontrivial
+from echelon.shaping.gate import Stage
 from echelon.shaping.situation import Proposed, Situation, Trial, fresh_id, score_of
 
 __all__ = ["NEEDS", "HeuristicProposer"]

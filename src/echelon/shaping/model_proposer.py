@@ -24,12 +24,13 @@ from echelon.shaping.candidates import (
     Checked,
     CriticCard,
     GeneratorReply,
+    Policy,
     Proposal,
     ResultDiagnosis,
-    Stage,
     check_candidates,
     read_reply,
 )
+from echelon.shaping.gate import SHOWN, Stage
 from echelon.shaping.heuristic import HeuristicProposer
 from echelon.shaping.situation import Proposed, Situation, Trial, fresh_id
 
@@ -41,8 +42,6 @@ _FIELDS: Mapping[str, frozenset[str]] = {
     "generator": frozenset({"vocabulary", "current", "card", "trials", "rules", "feedback", "count"}),
     "review": frozenset({"current", "trials", "feedback"}),
 }
-_NUMBERS = ("last_k", "auc", "final", "best", "std", "score", "spike_gap")
-_POLICIES = ("conservative", "moderate", "recovery")
 _TRIALS = 24  # in a prompt, the last ones
 _REPLY, _ERROR = 8000, 300  # characters that are kept
 
@@ -289,7 +288,7 @@ def _reply_shape(situation: Situation) -> dict[str, Any]:
     )
     return _object(
         stage_diagnosis={"type": "string", "enum": list(get_args(Stage))},
-        search_policy={"type": "string", "enum": list(_POLICIES)},
+        search_policy={"type": "string", "enum": list(get_args(Policy))},
         candidates={"type": "array", "items": candidate, "minItems": 1, "maxItems": 12},
     )
 
@@ -385,7 +384,7 @@ def _trial(trial: Trial, verdict: str, terms: TermSet) -> str:
 
 
 def _numbers(summary: Mapping[str, float]) -> str:
-    numbers = [(name, summary.get(name)) for name in _NUMBERS]
+    numbers = [(name, summary.get(name)) for name in SHOWN]
     return ", ".join(f"{name} {value:.4f}" for name, value in numbers if isinstance(value, int | float))
 
 

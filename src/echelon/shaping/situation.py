@@ -11,12 +11,11 @@ from echelon.errors import EchelonError
 from echelon.llm.prompts import clean
 from echelon.shaping.base import ShapingConfig, TermSet
 from echelon.shaping.candidates import CONTINUING_TYPES, INITIAL_TYPES, Candidate, CriticCard, ResultDiagnosis
-from echelon.shaping.gate import Summary
+from echelon.shaping.gate import NUMBERS, Summary
 
 __all__ = ["Proposed", "Proposer", "Situation", "Trial", "fresh_id", "score_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_NUMBERS = ("last_k", "auc", "final", "best", "std")
 _TEXT = 600  # characters of a rationale
 _RESERVED = frozenset({"reference", "control", "none"})  # other branches are called so
 
@@ -159,7 +158,7 @@ class Proposer(Protocol):
 def score_of(summary: Mapping[str, float] | None) -> float | None:
     """The gate's score of a summary, or None where it can't be judged."""
     try:
-        last_k, auc, final, best, std = (float((summary or {})[name]) for name in _NUMBERS)
+        last_k, auc, final, best, std = (float((summary or {})[name]) for name in NUMBERS)
     except (KeyError, TypeError, ValueError):
         return None
     read = Summary(last_k, auc, final, best, std)
