@@ -36,6 +36,7 @@ from echelon.shaping import (
     make_proposer,
     term_set,
 )
+from echelon.shaping.situation import fresh_id
 from misbehaving_server import MisbehavingServer
 
 WORLDS = ("search", "warehouse", "repair")
@@ -405,7 +406,14 @@ def test_names_become_fit_for_folders() -> None:
         written("x", "conservative", beta=0.2),
     ]  # fmt: skip
     proposed = ModelProposer(Scripted(reply(*wild))).propose(situation(count=4, trials=tried), CARD)
-    assert ids(proposed) == ["candidate", "reference-2", "x-2", "x-3"]
+    assert ids(proposed) == ["candidate", "candidate-reference", "x-2", "x-3"]
+
+
+@pytest.mark.parametrize("name", ["no change", "No_Change", "no-change", "nochange", "mainline", "control", "none"])
+def test_no_candidate_is_called_as_what_it_stands_beside(name: str) -> None:
+    proposed = ModelProposer(Scripted(reply(written(name)))).propose(situation(count=1), CARD)
+    assert ids(proposed) == [f"candidate-{name.replace(' ', '-')}"]
+    assert fresh_id(ids(proposed)[0], ()) == ids(proposed)[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ __all__ = ["Proposed", "Proposer", "Situation", "Trial", "fresh_id", "score_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT = 600  # characters of a rationale
-_RESERVED = frozenset({"reference", "control", "none"})  # other branches are called so
+# What else is spoken of beside candidates, however it is written: no reader shall take one for the other.
+_RESERVED = frozenset({"reference", "control", "none", "nochange", "mainline"})
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,11 @@ def score_of(summary: Mapping[str, float] | None) -> float | None:
 
 
 def fresh_id(wanted: str, taken: Iterable[str]) -> str:
-    """`wanted` as a name that no other candidate or branch has, and that is fit for a folder."""
+    """`wanted` as a name that no other candidate or branch has, nor the control, and that is fit for a folder."""
     base = re.sub(r"[^A-Za-z0-9_.-]", "_", wanted).strip(".-")[:56] or "candidate"
-    used = _RESERVED | {name.lower() for name in taken}  # some file systems don't tell A from a
+    if re.sub(r"[^a-z0-9]", "", base.lower()) in _RESERVED:
+        base = f"candidate-{base}"[:56]
+    used = {name.lower() for name in taken}  # some file systems don't tell A from a
     name, number = base, 2
     while name.lower() in used:
         name, number = f"{base}-{number}", number + 1
