@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,51 @@ def test_what_is_no_summary_says_so() -> None:
         gate(NC, {"a": {"lastk": 1}})
     with pytest.raises(EchelonError, match="no number"):
         gate(NC, {"a": (0.1, "x", 0.1, 0.1, 0.1)})  # type: ignore[arg-type]
+
+
+FIVE = dict(zip(("last_k", "auc", "final", "best", "std"), (0.46, 0.39, 0.45, 0.50, 0.04), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"control": 5}, "summary of no change is 5: it must hold last_k"),
+        ({"control": "12345"}, "summary of no change is '12345': it must"),
+        ({"candidates": {"a": 5}}, "summary of a is 5: it must hold last_k"),
+        ({"candidates": {"a": [0.1, [0.2], 0.1, 0.1, 0.1]}}, "summary of a holds something that is no number"),
+        ({"candidates": {"a": replace(A, auc="x")}}, "summary of a holds something that is no number"),
+        ({"candidates": {"a": {**FIVE, "auc": 10**400}}}, "summary of a holds something that is no number"),
+        ({"candidates": {"a": {**FIVE, "config": {"w": 1}}}}, "config of a: not a shaping configuration"),
+        ({"candidates": {"a": {**FIVE, "config": [1]}}}, r"config of a is \[1\]: give a ShapingConfig"),
+        ({"candidates": {"a": replace(A, config=[1])}}, r"config of a is \[1\]: give a ShapingConfig"),
+        ({"candidates": {"a": A, 1: A}}, "a candidate is called 1: a name is a text"),
+        ({"candidates": {"no change": A}}, "a candidate is called 'no change', as the control is"),
+        ({"candidates": [A]}, "candidates are summaries by name, not "),
+        ({"reference": 5}, "summary of reference is 5"),
+        ({"lead": {"a": None}}, "lead of a holds something that is no number"),
+        ({"lead": 0.1}, "lead is the lower end of an interval by candidate, not 0.1"),
+    ],
+)
+def test_whatever_can_not_be_read_is_one_line(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(EchelonError, match=says) as caught:
+        gate(**{"control": NC, "candidates": {"a": A}, **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_configurations_may_be_as_an_account_holds_them() -> None:
+    def kept(beta: float) -> dict[str, Any]:
+        return {**FIVE, "config": ShapingConfig("m", beta, {"x": 1}).to_json()}
+
+    verdict = gate(
+        kept(0.1), {"a": kept(0.5), "b": kept(0.5), "c": kept(0.1), "d": replace(A, config=kept(0.1)["config"])}
+    )
+    assert verdict.rejected == {
+        "b": "the same configuration as a", "c": "the same configuration as no change",
+        "d": "the same configuration as no change",
+    }  # fmt: skip
+    # Where a number couldn't be had, an account has null.
+    lost = gate(NC, {"a": A, "b": {**dict.fromkeys(FIVE), "score": None, "spike_gap": None}})
+    assert lost.winner == "a" and lost.rejected == {"b": "last_k and auc and final and best and std not finite"}
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class ShapingConfig:
         """
         try:
             return cls(str(data["mode"]), data["beta"], dict(data["weights"]), tuple(data["active_terms"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EchelonError(f"not a shaping configuration: {error!r}") from None
 
 

@@ -7,7 +7,7 @@ in shares of the best return (`summarise(curve, best_return=…)`). No model has
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from echelon.errors import EchelonError, unknown_name
+from echelon.shaping.base import ShapingConfig
 
 __all__ = [
     "LAST",
+    "NO_CHANGE",
     "NUMBERS",
     "SHOWN",
     "Stage",
@@ -33,6 +35,8 @@ __all__ = [
 LAST = 5
 """Evaluations at a curve's end that count as its last ones."""
 
+NO_CHANGE = "no change"
+"""What the control is called, in verdicts and in accounts."""
 NUMBERS = ("last_k", "auc", "final", "best", "std")
 """What a summary must hold."""
 SHOWN = (*NUMBERS, "score", "spike_gap")
@@ -207,7 +211,7 @@ def _scores(points: NDArray[np.float64], rising: bool) -> NDArray[np.float64]:
 
 def reference_leads(control: SummaryLike, reference: SummaryLike) -> bool:
     """Whether a fixed dense reward does clearly better than the run: `last_k` ahead by min(.05, max(.02, .1 |it|))."""
-    ours, theirs = _read("no change", control), _read("reference", reference)
+    ours, theirs = _read(NO_CHANGE, control), _read("reference", reference)
     if ours.fault or theirs.fault:
         return False
     clear = min(0.05, max(0.02, 0.10 * abs(ours.last_k)))
@@ -244,8 +248,9 @@ def gate(
     Args:
         control: summary of the branch without a change: a `Summary`, a dict, or a tuple (last_k, auc, final, best,
             std). A dict may also have `spike_gap`, `valid` (bool), `problem` and `config` (and `score`, which is worked
-            out anew): one of an account's `summaries` will do. None: it can't be judged.
-        candidates: the same by name.
+            out anew): one of an account's `summaries` will do, and a `config` as an account holds it, too. None: it
+            can't be judged.
+        candidates: the same by name; "no change" is the control's.
         reference: the same of a run with a fixed dense reward, or None; one that can't be judged is left out.
         first_replacement: the configuration in force is still the first one.
         low_return: margins grow with the returns, and are small where those are.
@@ -254,16 +259,18 @@ def gate(
         lead: lower ends of `score_lead` by candidate; one that is named must be above 0 as well.
 
     Raises:
-        EchelonError: a summary that can't be read, whoever's it is.
+        EchelonError: a summary or a lead that can't be read, whoever's it is; a candidate without a name of its own.
     """
-    nc = _read("no change", control)
+    nc = _read(NO_CHANGE, control)
+    _check_names(candidates)
     read = {name: _read(name, candidates[name]) for name in sorted(candidates)}
     ref = _read("reference", reference)
+    _check_leads(lead)
     rejected = _rejected(nc, read)
     judged = {name: summary for name, summary in read.items() if name not in rejected}
     scores = {name: summary.score for name, summary in judged.items()}
     if not nc.fault:
-        scores["no change"] = nc.score
+        scores[NO_CHANGE] = nc.score
     best = min(judged, key=lambda name: (-judged[name].score, judged[name].spike_gap, name), default=None)
     if nc.fault:
         return Verdict(False, None, (f"no change can't be judged: {nc.fault}",), best, rejected, scores)
@@ -334,7 +341,7 @@ def _at_most(what: str, value: float, most: float) -> tuple[bool, str]:
 
 def _rejected(nc: Summary, candidates: Mapping[str, Summary]) -> dict[str, str]:
     rejected: dict[str, str] = {}
-    seen: dict[Hashable, str] = {} if nc.config is None else {nc.config: "no change"}
+    seen: dict[Hashable, str] = {} if nc.config is None else {nc.config: NO_CHANGE}
     for name, summary in candidates.items():
         if summary.fault:
             rejected[name] = summary.fault
@@ -345,12 +352,33 @@ def _rejected(nc: Summary, candidates: Mapping[str, Summary]) -> dict[str, str]:
     return rejected
 
 
+def _check_names(candidates: Mapping[str, SummaryLike]) -> None:
+    if not isinstance(candidates, Mapping):
+        raise EchelonError(f"candidates are summaries by name, not {_shown(candidates)}")
+    for name in candidates:
+        if not isinstance(name, str):
+            raise EchelonError(f"a candidate is called {_shown(name)}: a name is a text")
+        if name == NO_CHANGE:
+            raise EchelonError(f"a candidate is called {name!r}, as the control is: give it another name")
+
+
+def _check_leads(lead: Mapping[str, float] | None) -> None:
+    if lead is not None and not isinstance(lead, Mapping):
+        raise EchelonError(f"lead is the lower end of an interval by candidate, not {_shown(lead)}")
+    for name, low in (lead or {}).items():
+        _floats(f"the lead of {name}", [low])
+
+
 def _read(name: str, given: SummaryLike) -> Summary:
-    if isinstance(given, Summary):
-        return given
+    values: list[Any]
+    problem, config, gap = None, None, None
     if given is None:
         return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, "there is no summary")
-    if isinstance(given, Mapping):
+    if isinstance(given, Summary):
+        problem, config, gap = given.problem, given.config, given.gap
+        # Of a branch with a problem no number counts.
+        values = [math.nan if problem is not None else getattr(given, key) for key in NUMBERS]
+    elif isinstance(given, Mapping):
         known = {*NUMBERS, "spike_gap", "score", "valid", "problem", "config"}
         for key in given:
             if key not in known:
@@ -358,16 +386,45 @@ def _read(name: str, given: SummaryLike) -> Summary:
         lacks = [key for key in NUMBERS if key not in given]
         if lacks:
             raise EchelonError(f"the summary of {name} lacks {', '.join(lacks)}")
-        values = [given[key] for key in NUMBERS]
+        # An account holds null where a number couldn't be had.
+        values = [math.nan if given[key] is None else given[key] for key in NUMBERS]
         problem = given.get("problem") or (None if given.get("valid", True) else "the branch isn't valid")
         config, gap = given.get("config"), given.get("spike_gap")
     else:
-        values, problem, config, gap = list(given), None, None, None
+        try:
+            values = [] if isinstance(given, str | bytes | Set) else list(given)
+        except TypeError:
+            values = []
+        if not values:
+            raise EchelonError(f"the summary of {name} is {_shown(given)}: it must hold {', '.join(NUMBERS)}")
         if len(values) != len(NUMBERS):
             raise EchelonError(f"the summary of {name} has {len(values)} numbers, not {', '.join(NUMBERS)}")
+    last_k, auc, final, best, std = _floats(f"the summary of {name}", values)
+    (gap,) = [None] if gap is None else _floats(f"the summary of {name}", [gap])
+    problem = None if problem is None else str(problem)
+    return Summary(last_k, auc, final, best, std, problem, _config(name, config), gap)
+
+
+def _floats(what: str, values: Sequence[Any]) -> list[float]:
     try:
-        last_k, auc, final, best, std = (float(value) for value in values)
-        gap = None if gap is None else float(gap)
-    except (TypeError, ValueError):
-        raise EchelonError(f"the summary of {name} holds something that is no number") from None
-    return Summary(last_k, auc, final, best, std, problem, config, gap)
+        return [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        raise EchelonError(f"{what} holds something that is no number") from None
+
+
+def _config(name: str, config: Any) -> Hashable:
+    """What a branch changed to, as something that can be compared; a file's plain values become what they stand for."""
+    try:
+        if isinstance(config, Mapping):
+            return ShapingConfig.from_json(config)
+        hash(config)
+    except EchelonError as error:
+        raise EchelonError(f"the config of {name}: {error}") from None
+    except TypeError:
+        raise EchelonError(f"the config of {name} is {_shown(config)}: give a ShapingConfig") from None
+    return config  # type: ignore[no-any-return]
+
+
+def _shown(value: object) -> str:
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 60 else f"{shown[:59]}…"
