@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.shaping import (
+    Candidate,
     CriticCard,
     GeneratorReply,
     Proposal,
     ShapingConfig,
+    Summary,
     check_candidates,
+    gate,
     is_nontrivial,
+    new_candidates,
     read_reply,
     term_set,
 )
@@ -120,6 +124,36 @@ def test_what_a_change_is() -> None:
     # No weight moved by .10, but all of them together by .20.
     wide = ShapingConfig("m", 0.5, {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1})
     assert is_nontrivial(ShapingConfig("m", 0.5, {"a": 0.35, "b": 0.35, "c": 0.25, "d": 0.05}), wide)
+
+
+def test_only_what_is_new_costs_a_branch() -> None:
+    def one(name: str, beta: float, **weights: float) -> Candidate:
+        return Candidate(name, "beta_up", ShapingConfig(name, beta, weights))
+
+    found = new_candidates(
+        [one("a", 0.5, found=1, seen=1), one("b", 0.3, seen=1), one("c", 0.4, seen=1), one("d", 0.3, seen=2)],
+        current=CURRENT, tried=iter([ShapingConfig("x", 0.4, {"seen": 1})]),
+    )  # fmt: skip
+    assert [c.id for c in found.usable] == ["b"]
+    assert found.reasons == (
+        "a: the same as the configuration in force", "c: the same as one that was tried before",
+        "d: the same as candidate b",
+    )  # fmt: skip
+    # With no shaping in force, nothing added is nothing new.
+    none = new_candidates([one("a", 0.0, seen=1), one("b", 0.1, seen=1)], current=None)
+    assert ([c.id for c in none.usable], none.reasons) == (["b"], ("a: the same as the configuration in force",))
+
+
+@deterministic
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.3000001, 0.5]), max_size=6), st.none() | st.just(CURRENT))
+def test_what_is_new_is_what_the_gate_would_judge(betas: list[float], current: ShapingConfig | None) -> None:
+    some = [Candidate(f"c{i}", "beta_up", ShapingConfig("m", b, CURRENT.weights)) for i, b in enumerate(betas)]
+    stands = current or ShapingConfig("m", 0.0, CURRENT.weights)
+    summaries = {c.id: Summary(0.5, 0.5, 0.5, 0.5, 0.0, config=c.config) for c in some}
+    rejected = gate(Summary(0.1, 0.1, 0.1, 0.1, 0.0, config=stands), summaries).rejected
+    found = new_candidates(some, current=current)
+    assert {c.id for c in some} - {c.id for c in found.usable} == set(rejected)
+    assert len(found.reasons) == len(rejected)
 
 
 # -- reading --------------------------------------------------------------------------------------------------------

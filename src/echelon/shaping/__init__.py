@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ResultDiagnosis,
         check_candidates,
         is_nontrivial,
+        new_candidates,
         read_reply,
     )
     from echelon.shaping.proposers import (
@@ -83,6 +84,7 @@ __all__ = [
     "mixture",
     "mode_table",
     "needs_model",
+    "new_candidates",
     "read_reply",
     "reference_leads",
     "register",

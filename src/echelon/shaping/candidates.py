@@ -32,6 +32,7 @@ __all__ = [
     "ResultDiagnosis",
     "check_candidates",
     "is_nontrivial",
+    "new_candidates",
     "read_reply",
 ]
 
@@ -64,6 +65,7 @@ CONTINUING_TYPES = (
 FALLBACK_TYPES = frozenset({"recovery", "reference_like"})
 """Steps back: at most one among the proposals, and one at least where the run does worse than its reference."""
 
+_NOTHING = ShapingConfig("task reward", 0.0, {"none": 1.0})  # equal to all that add nothing
 _REASONS = 16  # lines that a repair round is told
 
 
@@ -233,9 +235,7 @@ def check_candidates(
     """
     reasons: list[str] = []
     usable: list[Candidate] = []
-    seen: dict[ShapingConfig, str] = {} if current is None else {current: "the configuration in force"}
-    for past in tried:
-        seen.setdefault(past, "one that was tried before")
+    seen = _seen(current, tried)
     for proposal in proposals:
         fault, config = _fault(proposal, terms, types, current, seen, usable)
         if fault or config is None:
@@ -251,6 +251,42 @@ def check_candidates(
     if underperforms and not any(candidate.type in FALLBACK_TYPES for candidate in usable):
         reasons.append("the run does worse than its reference: one type must be recovery or reference_like")
     return Checked(tuple(usable), tuple(reasons))
+
+
+def new_candidates(
+    candidates: Iterable[Candidate], *, current: ShapingConfig | None, tried: Iterable[ShapingConfig] = ()
+) -> Checked:
+    """Those candidates that nothing shapes as yet: what the gate would call the same configuration costs no branch.
+
+    For proposals that `check_candidates` hasn't seen, such as those of a proposer of one's own or of a record, or that
+    were made before something else was tried.
+
+    Args:
+        candidates: as they are proposed; of equal ones the first stays.
+        current: the configuration in force; None: the task reward alone, which is any mixture at a strength of 0.
+        tried: configurations that were tried already at this stage.
+
+    Returns:
+        the new ones in their order, and for each that isn't a line of its name and what it equals.
+    """
+    seen = _seen(current or _NOTHING, tried)
+    usable: list[Candidate] = []
+    reasons: list[str] = []
+    for candidate in candidates:
+        if candidate.config in seen:
+            reasons.append(f"{candidate.id}: the same as {seen[candidate.config]}")
+        else:
+            seen[candidate.config] = f"candidate {candidate.id}"
+            usable.append(candidate)
+    return Checked(tuple(usable), tuple(reasons))
+
+
+def _seen(current: ShapingConfig | None, tried: Iterable[ShapingConfig]) -> dict[ShapingConfig, str]:
+    """What a candidate must not equal, and what that is in words."""
+    seen: dict[ShapingConfig, str] = {} if current is None else {current: "the configuration in force"}
+    for past in tried:
+        seen.setdefault(past, "one that was tried before")
+    return seen
 
 
 def _fault(
