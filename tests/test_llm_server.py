@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from echelon.errors import EchelonError
 from echelon.llm._breaker import Breaker
 from echelon.llm._http import KINDS, completion, find_json, one_line, retry_after
+from echelon.llm.json_text import why_no_json
 from echelon.llm.server import ServerConfig, ServerModel
 from echelon.llm.text import TextPrompt, TextReply
 from misbehaving_server import FAULTS, Fault, MisbehavingServer
@@ -375,6 +376,13 @@ def test_fields_that_a_server_does_not_support_are_left_out(serve: Serve, model:
         ('[{"a": 1}]', '{"a": 1}'),
         ('{"a": NaN}', None),
         ('{"a": 1', None),
+        ('{"plan": [{"robot": 0}, {"rob', None),
+        ('{"a": {"b": 1}, "c": NaN}', None),
+        ('{"a": {"b": 1},, }', None),
+        ('{a: {"b": 1}}', None),
+        ('{"a": {"b": 1},, } or rather {"c": 2}', '{"c": 2}'),
+        ('put it in {braces, so {"a": "}"}', '{"a": "}"}'),
+        ('```json\n{"a": "{"}\n```\n{"b', '{"a": "{"}'),
         ("", None),
         ("no", None),
         ("{" * 100_000, None),
@@ -384,6 +392,37 @@ def test_fields_that_a_server_does_not_support_are_left_out(serve: Serve, model:
 )
 def test_find_json(text: str, found: str | None) -> None:
     assert find_json(text, "{") == found
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("no {x}", "it holds no JSON"),
+        ('{"a": [{"b": 1}, {"b', "the JSON breaks off"),
+        ('{"a": {"b": 1}, "c": -Infinity}', "-Infinity is not JSON: a number must be finite"),
+        ('{"a": 1,, "b": 2}', "it is not JSON: "),
+        ("{'a': 1}", "it is not JSON: "),
+        ('{"a":' * 100_000 + "}" * 100_000, "brackets nest too deeply"),
+    ],
+)
+def test_why_there_is_no_json(text: str, why: str) -> None:
+    assert why_no_json(text, "{").startswith(why)
+
+
+def test_what_was_written_is_kept_beside_the_json_in_it(serve: Serve, model: Model) -> None:
+    broken, whole = '{"a": [{"b": 1}, {"b', 'So: {"a": 1}'
+    seen: list[str] = []
+
+    def behave(request: dict[str, Any]) -> str:
+        seen.append(request["json"]["messages"][-1]["content"])
+        return whole if len(seen) % 2 == 0 else broken
+
+    reply = ask(model(serve(behave)), JSON)
+    assert (reply.text, reply.written, reply.attempts) == ('{"a": 1}', (broken, whole), 2)
+    assert seen[1] == "That holds no whole JSON (the JSON breaks off). Answer again, with the JSON and nothing else."
+    reply = ask(model(serve(broken)), JSON)
+    assert reply.error is not None and (reply.text, reply.written) == ("", (broken, broken))
+    assert ask(model(serve(broken))).written == ()
 
 
 def test_find_json_takes_a_list_where_one_may_come() -> None:

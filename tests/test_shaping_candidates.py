@@ -191,7 +191,12 @@ def test_names_of_ones_own_are_made_names(told: str, name: str) -> None:
         (json.dumps({**REPLY, "candidates": []}), "candidates: List should have at least 1 item"),
         (json.dumps({**REPLY, "candidates": [proposal(beta=1.5)]}), "candidates.0.beta: Input should be less than"),
         (json.dumps({**REPLY, "candidates": [proposal(beta="0.5")]}), "candidates.0.beta: Input should be a valid num"),
-        (json.dumps({**REPLY, "candidates": [proposal(beta=float("nan"))]}), "candidates.0.beta: Input should be"),
+        (json.dumps({**REPLY, "candidates": [proposal(beta=float("nan"))]}), "NaN is not JSON"),
+        (json.dumps({**REPLY, "candidates": [proposal(beta=9e999)]}), "Infinity is not JSON"),
+        (json.dumps({**REPLY, "candidates": [proposal(beta=7)]}).replace("7", "9e999"), "candidates.0.beta: "),
+        (json.dumps({**REPLY, "candidates": [proposal(beta=7)]}).replace("7", "9" * 299), "candidates.0.beta: "),
+        (json.dumps({**REPLY, "candidates": [proposal(), proposal("b")]})[:-40], "the JSON breaks off"),
+        (json.dumps({**REPLY, "candidates": [proposal()]})[:-1] + ",}", "it is not JSON: "),
         (json.dumps({**REPLY, "candidates": [proposal(weights={"seen": -1})]}), "candidates.0.weights.seen: "),
         (json.dumps({**REPLY, "candidates": [proposal(pbrs_version="v3")]}), "candidates.0.pbrs_version: "),
         (json.dumps({**REPLY, "candidates": [proposal(" ?! ")]}), "candidates.0.candidate_id: "),
@@ -216,6 +221,15 @@ def test_texts_on_a_card_are_single_short_lines_without_a_chat_formats_marks() -
     assert "<|im" not in reply.analysis_summary
     assert len(reply.analysis_summary) == 600
     assert read_reply(json.dumps({**card, "failure_modes": ["x"] * 99}), CriticCard)[0] is None
+
+
+def test_a_part_of_a_reply_is_none_and_another_reply_is_one() -> None:
+    whole = json.dumps(REPLY)
+    for broken in (whole[:-60], whole.replace("0.3", "NaN")):
+        assert read_reply(broken, Proposal)[0] is None  # its candidate would fit
+    reply, reasons = read_reply(f"{whole.replace('0.3', 'NaN')} or rather {whole}", GeneratorReply)
+    assert reply is not None and reasons == []
+    assert read_reply(whole.replace("less of it", "less\nof it"), GeneratorReply)[0] is not None
 
 
 @deterministic

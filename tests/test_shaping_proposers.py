@@ -37,7 +37,7 @@ from echelon.shaping import (
     term_set,
 )
 from echelon.shaping.situation import fresh_id
-from misbehaving_server import MisbehavingServer
+from misbehaving_server import Fault, MisbehavingServer, completion
 
 WORLDS = ("search", "warehouse", "repair")
 FINE = Behaviour(10, 50.0, 0.5, 0.1, 0.1, 0.05, 0.2, 4.0, 0.2, 1.0, 0.1, 0.3, 0.8, 0.1, 0.05, 3.0, 3.0)
@@ -548,6 +548,46 @@ def test_a_model_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         assert filled.note["filled"] == 3 and "error" in filled.note["tries"][0]
         model.close()
     assert not server.errors
+
+
+@pytest.mark.parametrize("usage", [True, False])
+@pytest.mark.parametrize(
+    ("spoilt", "why"),
+    [
+        (reply()[:-99], "the JSON breaks off"),
+        (reply().replace("0.2", "NaN"), "NaN is not JSON: a number must be finite"),
+    ],
+)
+def test_a_reply_that_breaks_off_is_said_to_and_all_of_it_is_kept(
+    monkeypatch: pytest.MonkeyPatch, spoilt: str, why: str, usage: bool
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    seen: list[str] = []
+
+    def behave(request: dict[str, Any]) -> str | Fault:
+        seen.append(request["json"]["messages"][1]["content"])
+        said = f"Here {len(seen)}: {spoilt}" if len(seen) < 6 else reply()
+        told = completion(said)
+        return Fault("data", data=json.dumps(told if usage else {**told, "usage": None}).encode())
+
+    with MisbehavingServer(behave) as server:
+        model = ServerModel("test", ServerConfig(url=server.url, timeout=5, attempts=1))
+        proposed = ModelProposer(model).propose(situation(), CARD)
+        model.close()
+    tries = proposed.note["tries"]
+    assert ids(proposed) == ["x", "y", "z"] and len(seen) == 6
+    assert [t.get("reasons") for t in tries] == [[why], [why], None]
+    assert f"- {why}" in seen[2] and f"- {why}" in seen[4]
+    # Each request's answer stands in the account.
+    said = [text for t in tries for text in (*t.get("earlier_replies", ()), t["reply"])]
+    assert said == [*(f"Here {n}: {spoilt}" for n in range(1, 6)), reply()]
+
+
+def test_of_a_very_long_reply_both_ends_are_kept() -> None:
+    _, note = ModelProposer(Scripted("a" * 30_000 + CARD.model_dump_json())).diagnose(situation())
+    kept = note["tries"][0]["reply"]
+    assert len(kept) < 17_000 and kept.startswith("aaa") and kept.endswith("}") and " characters are left out]" in kept
 
 
 # -- records -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import httpx
@@ -29,6 +29,7 @@ import tenacity
 from echelon.errors import EchelonError, unknown_name
 from echelon.llm._breaker import Breaker
 from echelon.llm._http import KINDS, Answer, Fault, completion, content, find_json, hide, one_line, send, status_fault
+from echelon.llm.json_text import why_no_json
 from echelon.llm.prompts import clean
 from echelon.llm.text import TextPrompt, TextReply
 
@@ -178,6 +179,7 @@ class _Tally:
     attempts: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    written: list[str] = field(default_factory=list)
 
 
 class ServerModel:
@@ -455,6 +457,7 @@ class ServerModel:
             tally.attempts,
             max(0.0, self._clock() - start),
             money,
+            tuple(tally.written),
         )
 
     async def _answer(self, link: _Link, prompt: TextPrompt, tally: _Tally) -> str:
@@ -473,17 +476,22 @@ class ServerModel:
                 rung = _RUNGS[_RUNGS.index(rung) + 1]
         if rung != self._rung and self.config.structured == "auto":
             self._rung = max(rung, self._rung, key=_RUNGS.index)
+        tally.written.append(self._hidden(text))
         openings = {"object": "{", "array": "["}.get(str(prompt.schema.get("type")), "{[")
         found = find_json(text, openings)
         if found is not None:
             self._ignored = 0
             return self._hidden(found)
         self._fault("not_json")
+        why = self._hidden(why_no_json(text, openings))
+        again = f"That holds no whole JSON ({why}). Answer again, with the JSON and nothing else."
         repair = [
             {"role": "assistant", "content": self._hidden(text)[:4000]},
-            {"role": "user", "content": "That holds no whole JSON. Answer again, with the JSON and nothing else."},
+            {"role": "user", "content": again},
         ]
-        found = find_json(await self._ask(link, prompt, "prompt", repair, tally), openings)
+        text = await self._ask(link, prompt, "prompt", repair, tally)
+        tally.written.append(self._hidden(text))
+        found = find_json(text, openings)
         if found is None:
             self._fault("not_json")
             raise Fault("not_json", f"no JSON in what the model wrote: {text[:200]!r}")

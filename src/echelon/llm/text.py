@@ -38,6 +38,8 @@ class TextReply:
         attempts: requests that it took, retries and repairs included; 0 if none was sent (budget spent, circuit open).
         seconds: from the first request to the last byte, waiting included.
         money: what it cost, in the currency of the configured prices.
+        written: all that the model wrote where `text` is the JSON found in it, in order, untrusted: words around the
+            JSON, what it was asked for again since there was none, and what is left after an error. Else empty.
     """
 
     text: str
@@ -47,6 +49,7 @@ class TextReply:
     attempts: int = 0
     seconds: float = 0.0
     money: float = 0.0
+    written: tuple[str, ...] = ()
 
 
 class TextModel(Protocol):

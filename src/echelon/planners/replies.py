@@ -16,7 +16,7 @@ from typing import Any
 
 from echelon.llm.prompts import clean
 
-__all__ = ["FINDINGS", "LOOK", "Proposal", "Reading", "json_objects", "parse_plan"]
+__all__ = ["FINDINGS", "LOOK", "Proposal", "Reading", "parse_plan"]
 
 LOOK = 1 << 16
 """Characters of a reply that are looked at."""
@@ -124,7 +124,7 @@ def parse_plan(text: str, options: Mapping[int, int], robots: int, size: tuple[i
 
 def _entries(text: str, asked: int, findings: list[str]) -> list[Any]:
     """The entries of the first plan, unread; none with a finding that says why."""
-    objects = json_objects(text, findings)
+    objects = _json_objects(text, findings)
     plans = [plan for found in objects if isinstance(plan := found.get("plan"), list)]
     if plans:
         findings += ["several"] * (len(plans) > 1)
@@ -139,8 +139,9 @@ def _entries(text: str, asked: int, findings: list[str]) -> list[Any]:
     return alone if asked > 1 else alone[:1]
 
 
-def json_objects(text: str, findings: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects in a text, the outermost that can be read, in their order."""
+def _json_objects(text: str, findings: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects in a text, the outermost that can be read, in their order: also those inside of what can't be,
+    since a plan's whole entries count."""
     spans, deep = _spans(text)
     findings += ["too_deep"] * deep
     objects: list[dict[str, Any]] = []

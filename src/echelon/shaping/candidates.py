@@ -14,8 +14,8 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from echelon.errors import EchelonError
+from echelon.llm.json_text import json_pieces
 from echelon.llm.prompts import clean
-from echelon.planners.replies import LOOK, json_objects
 from echelon.shaping.base import ShapingConfig, TermSet
 from echelon.shaping.gate import Stage
 
@@ -66,6 +66,7 @@ FALLBACK_TYPES = frozenset({"recovery", "reference_like"})
 """Steps back: at most one among the proposals, and one at least where the run does worse than its reference."""
 
 _NOTHING = ShapingConfig("task reward", 0.0, {"none": 1.0})  # equal to all that add nothing
+_LOOK = 1 << 16  # characters of a reply that are looked at
 _REASONS = 16  # lines that a repair round is told
 
 
@@ -141,7 +142,7 @@ R = TypeVar("R", bound=_Reply)
 
 
 def read_reply(text: str, schema: type[R], check: Callable[[R], list[str]] | None = None) -> tuple[R | None, list[str]]:
-    """The first JSON object in a text that fits a schema, whatever stands around it.
+    """The first JSON object in a text that fits a schema, whatever stands around it; never a part of one.
 
     Args:
         text: what a model wrote: anything. Its first 64 Ki characters count, behind `</think>` where there is one.
@@ -149,23 +150,24 @@ def read_reply(text: str, schema: type[R], check: Callable[[R], list[str]] | Non
         check: what else may be wrong with it, in lines.
 
     Returns:
-        the reply, or None; and what is wrong with it, a line each, for a repair round. One that fits its schema is
-        given back also where `check` has complaints.
+        the reply, or None; and what is wrong with it, a line each, for a repair round: what broke off, isn't JSON, or
+        doesn't fit. One that fits its schema is given back also where `check` has complaints.
     """
-    found = json_objects(text[:LOOK].rpartition("</think>")[2], [])
-    if not found:
-        return None, ["the reply holds no JSON object"]
     reasons: list[str] = []
-    for data in found:
-        try:
-            reply = schema.model_validate(data)
-        except ValidationError as error:
-            if not reasons:  # about the first one: what follows it is mostly an example or a draft
+    # Not strict: line breaks in a reason are no reason to lose a reply.
+    for piece in json_pieces(text[:_LOOK], "{", strict=False):
+        if piece.fault is not None:
+            wrong = [piece.fault]
+        else:
+            try:
+                reply = schema.model_validate(piece.value)
+            except ValidationError as error:
                 faults = error.errors(include_url=False, include_input=False)[:_REASONS]
-                reasons = [f"{_place(fault['loc'])}: {clean(fault['msg'])[:200]}" for fault in faults]
-            continue
-        return reply, [] if check is None else check(reply)[:_REASONS]
-    return None, reasons
+                wrong = [f"{_place(fault['loc'])}: {clean(fault['msg'])[:200]}" for fault in faults]
+            else:
+                return reply, [] if check is None else check(reply)[:_REASONS]
+        reasons = reasons or wrong  # about the first one: what follows it is mostly an example or a draft
+    return None, reasons or ["the reply holds no JSON object"]
 
 
 def _place(path: tuple[int | str, ...]) -> str:

@@ -43,7 +43,7 @@ _FIELDS: Mapping[str, frozenset[str]] = {
     "review": frozenset({"current", "trials", "feedback"}),
 }
 _TRIALS = 24  # in a prompt, the last ones
-_REPLY, _ERROR = 8000, 300  # characters that are kept
+_REPLY, _ERROR = 16_000, 300  # characters that are kept
 
 R = TypeVar("R", CriticCard, GeneratorReply, ResultDiagnosis)
 
@@ -208,12 +208,10 @@ class ModelProposer:
             prompt = TextPrompt(words, text.render(**{k: fields[k] for k in text.fields}), shape, self.max_tokens)
             reply = self._write(prompt)
             tries.append(_told(prompt, reply))
-            if reply.error is not None:
-                if not reply.completion_tokens:
-                    break
-                reasons = ["the reply held no JSON object"]
-                continue
-            found, reasons = read_reply(reply.text, schema, check)
+            if reply.error is not None and not reply.completion_tokens and not reply.written:
+                break
+            # Where the client found no JSON, what the model wrote says why.
+            found, reasons = read_reply(reply.text or "".join(reply.written[-1:]), schema, check)
             best = found if found is not None else best
             if reasons:
                 tries[-1]["reasons"] = reasons
@@ -228,7 +226,7 @@ class ModelProposer:
             reply = replies[0] if isinstance(replies, list) and len(replies) == 1 else None
         except Exception as error:  # whatever a user's model may raise: it must not end the run
             return TextReply("", clean(f"{type(error).__name__}: {error}")[:_ERROR])
-        if not isinstance(reply, TextReply) or not isinstance(reply.text, str):
+        if not isinstance(reply, TextReply) or not all(isinstance(x, str) for x in (reply.text, *reply.written)):
             return TextReply("", "the model gave something that is no reply")
         return reply
 
@@ -431,11 +429,22 @@ def _renamed(proposals: Iterable[Proposal], taken: Iterable[str]) -> list[Propos
 
 
 def _told(prompt: TextPrompt, reply: TextReply) -> dict[str, Any]:
-    """A prompt and its reply, fit for JSON and for eyes; no times, so that the same run has the same account."""
-    told: dict[str, Any] = {"prompt": prompt.text, "reply": "\n".join(map(clean, reply.text[:_REPLY].splitlines()))}
+    """A prompt and what was written to it, for JSON and for eyes; no times: the same run has the same account."""
+    *earlier, last = reply.written or (reply.text,)
+    told: dict[str, Any] = {"prompt": prompt.text, "reply": _kept(last)}
+    if earlier:  # the client itself asked again, since there was no JSON in them
+        told["earlier_replies"] = [_kept(text) for text in earlier]
     if reply.error is not None:
         told["error"] = clean(reply.error)[:_ERROR] or "an error without a reason"
     for name in ("prompt_tokens", "completion_tokens"):
         if getattr(reply, name):
             told[name] = getattr(reply, name)
     return told
+
+
+def _kept(text: str) -> str:
+    """What an account keeps of a reply: all of it, but for the middle of one that is very long."""
+    more = len(text) - _REPLY
+    if more > 0:
+        text = f"{text[: _REPLY // 2]}\n[{more} characters are left out]\n{text[-(_REPLY // 2) :]}"
+    return "\n".join(map(clean, text.splitlines()))
