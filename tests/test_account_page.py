@@ -300,6 +300,76 @@ def test_any_json_in_notes_and_any_text_in_names_makes_a_page(tmp_path_factory: 
     assert "<script" not in page
 
 
+RULES = "rules, no model"
+
+
+def note_of(account: Document, k: int = 0) -> Document:
+    note: Document = account["stages"][k]["rounds"][0]["proposed"]["note"]
+    return note
+
+
+def ruled(page: str) -> set[str]:
+    """The branches of the first stage whose cards say that rules made them."""
+    cards = re.findall(r'<article class="branch [a-z]*" id="branch-0-([a-z-]+)">(.*?)</article>', page, re.S)
+    return {name for name, card in cards if RULES in card}
+
+
+def test_what_rules_made_in_a_models_place_says_so(tmp_path: Path) -> None:
+    account = whole_account()
+    assert RULES not in page_of(tmp_path, account)
+    note_of(account)["filled"] = ["b", "c", "gone"]
+    page = page_of(tmp_path, account)
+    assert ruled(page) == {"b", "c"}
+    assert f"2 of 8 candidates by {RULES}" in page.split("</header>")[0]
+    # Older accounts have a number: the last ones.
+    note_of(account)["filled"] = 2
+    assert ruled(page_of(tmp_path, account)) == {"b", "c"}
+    note_of(account)["filled"] = 3
+    assert ruled(page_of(tmp_path, account)) == {"a", "b", "c"}
+    note_of(account)["filled"] = 0
+    assert RULES not in page_of(tmp_path, account)
+    # With some left out nobody knows which are left.
+    note_of(account).update(filled=2, left_out=["d: only 3 are tried"])
+    page = page_of(tmp_path, account)
+    assert ruled(page) == set() and f"2 candidates are by {RULES}; this account doesn" in page
+
+
+@pytest.mark.parametrize("filled", [True, None, -1, "b", {"b": 1}, [["b"], 7], 1.5, 10**9])
+def test_a_strange_note_makes_a_page(tmp_path: Path, filled: object) -> None:
+    account = whole_account()
+    note_of(account).update(filled=filled, left_out=filled, rules=filled, exhausted=filled)
+    assert page_of(tmp_path, account).endswith("</html>\n")
+
+
+def test_what_was_left_out_and_a_record_that_ended_are_told(tmp_path: Path) -> None:
+    account = whole_account()
+    note_of(account)["left_out"] = ["z: only 3 are tried", "<i>: the same as candidate a"]
+    second = account["stages"][1]
+    second |= {"card": None, "card_note": {"exhausted": "the record holds 1 of the Critic's cards"}}
+    second["rounds"][0]["proposed"] |= {"candidates": [], "note": {"exhausted": "the record holds 1 rounds of <b>"}}
+    page = page_of(tmp_path, account)
+    first, then = page.split('id="stage-0"')[1].split('id="stage-1"')
+    assert "Left out, not tried" in first and "<li>z: only 3 are tried</li><li>&lt;i&gt;: the same as" in first
+    assert "There is none: the record holds 1 of the Critic" in then
+    assert "Nothing was proposed: the record holds 1 rounds of &lt;b&gt;." in then
+
+
+def test_a_record_of_rules_is_by_rules_and_one_diagnosis_by_rules_is_one(tmp_path: Path) -> None:
+    account = whole_account() | {"proposer": "recorded:runs/other"}
+    account["stages"][1]["card_note"] = account["stages"][0]["rounds"][0]["review_note"] = {"rules": True}
+    page = page_of(tmp_path, account)
+    assert page.count("<h3>Diagnosis by rules") == page.count("<h3>Review by rules") == 1
+    assert page.count("<h3>The critic") == 2
+    for one in account["stages"]:
+        one["card_note"] = {"rules": True, "flags": []}
+        for turn in one["rounds"]:
+            turn["proposed"]["note"], turn["review_note"] = {"rules": True}, {"rules": True}
+    page = page_of(tmp_path, account)
+    main = page.split("<main", 1)[1]
+    assert "recorded:runs/other" in page and RULES in page.split("</header>")[0]
+    assert ruled(page) == {"a", "b", "c"} and "critic" not in main.lower()
+
+
 def test_a_long_text_is_cut_and_says_so(tmp_path: Path) -> None:
     account = whole_account()
     account["stages"][0]["card_note"] = {"reply": "x" * 100_000}

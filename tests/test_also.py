@@ -1034,11 +1034,11 @@ def test_a_model_behind_a_server(kind: str, tmp_path: Path, monkeypatch: pytest.
     assert a["proposer"] == "openai:test" and a["final"]["spent"] == spent(a) >= a["steps"]
     ids = [c["id"] for c in turn["proposed"]["candidates"]]
     if kind == "garbage":
-        assert stage["card"] is None and turn["review"] is None and turn["proposed"]["note"]["filled"] == 2
+        assert stage["card"] is None and turn["review"] is None and turn["proposed"]["note"]["filled"] == ids
         assert "no JSON in what the model wrote" in stage["card_note"]["tries"][0]["error"]
     else:
         assert stage["card"] == CARD.model_dump() and ids == ["x", "y"]
-        assert turn["proposed"]["note"]["filled"] == 0
+        assert turn["proposed"]["note"]["filled"] == []
     if kind == "good":
         assert turn["review"]["recommended_candidate_id"] == "x"
     if kind == "dies":

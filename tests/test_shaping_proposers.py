@@ -366,7 +366,7 @@ def test_the_generator_sees_the_card_alone() -> None:
     )
     model = Scripted(reply(written(), written("y", "balanced", beta=0.3), written("z", "conservative", beta=0.2)))
     proposed = ModelProposer(model).propose(now, CARD)
-    assert ids(proposed) == ["x", "y", "z"] and proposed.note["filled"] == 0
+    assert ids(proposed) == ["x", "y", "z"] and proposed.note["filled"] == []
     assert (proposed.stage, proposed.policy) == ("exploration", "moderate")
     text = model.prompts[0].system + model.prompts[0].text
     names = {f.name for f in dataclasses.fields(Behaviour)} - {"steps", "idle", "events", "episodes", "coverage"}
@@ -395,7 +395,7 @@ def test_what_was_good_stays_through_repairs() -> None:
         reply(written(), written("y", "magic")), reply(written(), written("y", "balanced", beta=0.2)), reply()
     )
     proposed = ModelProposer(model).propose(situation(count=2), CARD)
-    assert ids(proposed) == ["x", "y"] and proposed.note["filled"] == 0 and len(model.prompts) == 2
+    assert ids(proposed) == ["x", "y"] and proposed.note["filled"] == [] and len(model.prompts) == 2
     assert "'magic' is none of" in model.prompts[1].text
 
 
@@ -435,7 +435,7 @@ def test_a_model_that_fails_costs_no_run(said: Any, asked: int, under: bool) -> 
     card, note = ModelProposer(model).diagnose(now)
     assert card is None and len(note["tries"]) == asked
     filled = ModelProposer(model).propose(now, card)
-    assert filled.note["filled"] == 3 and check(now, filled.candidates) == ()
+    assert filled.note["filled"] == ids(filled) and len(ids(filled)) == 3 and check(now, filled.candidates) == ()
     assert filled.candidates == HEURISTIC.propose(now, None).candidates
     alone = ModelProposer(model, fill=False).propose(now, card)
     assert alone.candidates == () and "filled" not in alone.note
@@ -446,14 +446,25 @@ def test_a_model_that_fails_costs_no_run(said: Any, asked: int, under: bool) -> 
 def test_missing_candidates_are_filled_up_and_labelled() -> None:
     now = situation(count=3)
     proposed = ModelProposer(Scripted(reply(written()))).propose(now, CARD)
-    assert ids(proposed)[0] == "x" and proposed.note["filled"] == 2
+    assert ids(proposed)[0] == "x" and proposed.note["filled"] == ids(proposed)[1:] and len(ids(proposed)) == 3
     assert check(now, proposed.candidates) == ()
     # A step back that the model never offers is made by the rules.
     back = dataclasses.replace(now, underperforms=True)
     proposed = ModelProposer(Scripted(reply())).propose(back, CARD)
-    assert ids(proposed)[:2] == ["x", "y"] and proposed.note["filled"] == 1
+    assert ids(proposed)[:2] == ["x", "y"] and proposed.note["filled"] == ids(proposed)[2:]
     assert check(back, proposed.candidates) == ()
     assert proposed.candidates[2].type in FALLBACK_TYPES
+
+
+def test_a_note_follows_the_names_of_its_candidates() -> None:
+    proposed = ModelProposer(Scripted(reply(written()))).propose(situation(count=3), CARD)
+    own, first, second = ids(proposed)
+    named = proposed.named([own, second.upper()])
+    assert ids(named) == [f"{own}-2", first, f"{second}-2"]
+    assert named.note == {**proposed.note, "filled": [first, f"{second}-2"]}
+    assert proposed.named(()) == proposed
+    older = dataclasses.replace(proposed, note={"filled": 2})
+    assert older.named([own]).note == older.note
 
 
 def test_nothing_added_to_nothing_is_no_candidate() -> None:
@@ -545,7 +556,7 @@ def test_a_model_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         server.kill()
         assert proposer.diagnose(now)[0] is None
         filled = proposer.propose(now, None)
-        assert filled.note["filled"] == 3 and "error" in filled.note["tries"][0]
+        assert filled.note["filled"] == ids(filled) and "error" in filled.note["tries"][0]
         model.close()
     assert not server.errors
 

@@ -52,7 +52,7 @@ class ModelProposer:
     """Asks a model that writes text, up to `tries` times: a reply that breaks a rule is sent back with the reasons.
 
     A model that fails, or never writes anything usable, costs what it should have written: no card, no advice, and
-    candidates that the rules of `HeuristicProposer` make in their place (`fill`; the note says how many). It never ends
+    candidates that the rules of `HeuristicProposer` make in their place (`fill`; the note names them). It never ends
     a run. After an error without a token the model isn't asked again in this round: models try again by themselves.
 
     What is asked depends on the situation, the seed and the number of the try alone, through the order in which the
@@ -149,7 +149,7 @@ class ModelProposer:
             if situation.underperforms and not any(c.type in FALLBACK_TYPES for c in candidates):
                 candidates = candidates[: situation.count - 1]
             more = self.rules.fill(situation, candidates)
-            candidates, note["filled"] = (*candidates, *more), len(more)
+            candidates, note["filled"] = (*candidates, *more), [candidate.id for candidate in more]
         return Proposed(candidates, stage, policy, note)
 
     def review(self, situation: Situation) -> tuple[ResultDiagnosis | None, dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeGuard
 
 from echelon.errors import EchelonError
 from echelon.llm.prompts import clean
@@ -95,13 +95,26 @@ class Proposed:
         candidates: at most as many as were wanted; `check_candidates` has let them through.
         stage: exploration, acceleration, plateau, regression or uncertain.
         policy: conservative, moderate or recovery.
-        note: how they came about, JSON-able, and the same again for the same run.
+        note: how they came about, JSON-able, and the same again for the same run. `rules`: true where no model had a
+            part in it; `filled`: ids of those that rules made in a model's place.
     """
 
     candidates: tuple[Candidate, ...]
     stage: str
     policy: str
     note: dict[str, Any] = field(default_factory=dict)
+
+    def named(self, taken: Iterable[str]) -> Proposed:
+        """The same under names that nothing in `taken` has, fit for folders; a note that names candidates follows."""
+        used, names, found = list(taken), dict[str, str](), list[Candidate]()
+        for candidate in self.candidates:
+            name = fresh_id(candidate.id, used)
+            names.setdefault(candidate.id, name)
+            used.append(name)
+            found.append(replace(candidate, id=name))
+        filled = self.note.get("filled")
+        note = {**self.note, "filled": [names.get(old, old) for old in filled]} if _are_names(filled) else self.note
+        return replace(self, candidates=tuple(found), note=note)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values for a run's account."""
@@ -176,6 +189,10 @@ def fresh_id(wanted: str, taken: Iterable[str]) -> str:
     while name.lower() in used:
         name, number = f"{base}-{number}", number + 1
     return name
+
+
+def _are_names(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _name(value: object) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "Stage",
     "Verdict",
     "read_account",
+    "says_rules",
 ]
 
 FORMAT = 1
@@ -41,6 +42,11 @@ TASK_REWARD = "task reward"
 
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def says_rules(note: Mapping[str, Any] | None) -> bool:
+    """Whether a note says that rules, and no model, came to what it is of."""
+    return note is not None and note.get("rules") is True
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
@@ -88,6 +94,29 @@ class Round(_Part):
     proposed: Proposed = Proposed()
     review: Json | None = None
     review_note: Json | None = None
+
+    @cached_property
+    def by_rules(self) -> frozenset[str]:
+        """The candidates that rules made and no model, by their ids."""
+        ids, note = [candidate.id for candidate in self.proposed.candidates], self.proposed.note
+        if says_rules(note):
+            return frozenset(ids)
+        filled = note.get("filled")
+        if isinstance(filled, list):
+            return frozenset(name for name in ids if name in filled)
+        # Older accounts have their number: they are the last ones, if all that were proposed are there.
+        return frozenset(ids[-self._filled :] if self._filled and not self.unnamed else ())
+
+    @property
+    def unnamed(self) -> int:
+        """How many more of them rules may have made: an older account doesn't say which were left out."""
+        some = self._filled and self.proposed.note.get("left_out") and self._filled < len(self.proposed.candidates)
+        return self._filled if some else 0
+
+    @property
+    def _filled(self) -> int:
+        filled = self.proposed.note.get("filled")
+        return max(0, filled) if isinstance(filled, int) and not isinstance(filled, bool) else 0
 
 
 class Branch(_Part):
@@ -198,7 +227,16 @@ class Account(_Part):
 
     @property
     def by_rules(self) -> bool:
-        return self.proposer == "heuristic"
+        """Whether no model had a part in it, also where a record of rules is repeated."""
+        notes = [note for stage in self.stages for note in (stage.card_note, *(r.proposed.note for r in stage.rounds))]
+        told = [note for note in notes if note and "exhausted" not in note]
+        return self.proposer == "heuristic" or (bool(told) and all(map(says_rules, told)))
+
+    @property
+    def made_by_rules(self) -> tuple[int, int]:
+        """How many candidates rules made, and how many there are."""
+        rounds = [round_ for stage in self.stages for round_ in stage.rounds]
+        return sum(len(r.by_rules) + r.unnamed for r in rounds), sum(len(r.proposed.candidates) for r in rounds)
 
 
 def read_account(path: Path) -> Account:

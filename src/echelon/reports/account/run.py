@@ -9,7 +9,7 @@ from typing import Any
 
 from echelon.reports.account.file import CONTROL, REFERENCE, Account, Segment
 from echelon.reports.account.looks import Looks, by_measure, chart_svg, thinned
-from echelon.reports.account.words import branch_anchor, fate_of, number_text, outcome_of, pill, said
+from echelon.reports.account.words import RULES, branch_anchor, fate_of, number_text, outcome_of, pill, said
 from echelon.reports.charts import Axis, Plot, Series, exact_axis, swatch_svg
 from echelon.reports.parts import Section, counted, data_table, esc, foldable, quiet, step_count
 
@@ -32,9 +32,11 @@ def run_head(account: Account) -> str:
     ]  # fmt: skip
     if judged:
         counts.append((f"{accepted} of {len(judged)}", "changes accepted" if len(judged) != 1 else "change accepted"))
-    who = said(account.proposer or "none")
+    who, made = said(account.proposer or "none"), account.made_by_rules
     if account.by_rules:
-        who = f"heuristic {pill('open', 'rules, no model')}"
+        who += f" {pill('open', RULES)}"
+    elif made[0]:
+        who += f" {pill('open', f'{made[0]} of {made[1]} candidates by {RULES}')}"
     facts = [("Method", said(account.method)), ("Base", said(account.base or "–")),
              ("Environment", said(account.environment or "–")),
              ("Seed", esc("–" if account.seed is None else account.seed)), ("Proposer", who)]  # fmt: skip

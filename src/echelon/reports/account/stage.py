@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from echelon.reports.account.file import CONTROL, REFERENCE, Account, Branch, Stage
+from echelon.reports.account.file import CONTROL, REFERENCE, Account, Branch, Round, Stage, says_rules
 from echelon.reports.account.looks import Looks, by_measure, chart_svg, curve_of, mean_of
 from echelon.reports.account.words import (
+    RULES,
     branch_anchor,
     bullets,
     config_card,
     fate_of,
     notes,
+    nothing,
     number_text,
     outcome_of,
     pill,
@@ -62,10 +64,14 @@ def stage_section(account: Account, looks: Looks, k: int) -> Section:
         title = f"Round {number}" if len(stage.rounds) > 1 else "Candidates"
         section.body.append(f"<h3>{title} {quiet(straight('; '.join(filter(None, about))))}</h3>")
         names = [candidate.id for candidate in proposed.candidates]
-        cards = "".join(_branch_card(account, looks, k, name, draw) for name in names if name not in shown)
-        section.body.append(
-            f'<div class="branches">{cards}</div>' if names else f"<p>{quiet('Nothing was proposed.')}</p>"
+        ruled = frozenset(names) if account.by_rules else round_.by_rules
+        cards = "".join(
+            _branch_card(account, looks, k, name, draw, rules=name in ruled) for name in names if name not in shown
         )
+        section.body.append(
+            f'<div class="branches">{cards}</div>' if names else nothing(proposed.note, "Nothing was proposed")
+        )
+        section.body.append(_beside(round_))
         section.body.append(notes(account, "Proposals", proposed.note))
         shown |= set(names)
     rest = [name for name in stage.proposed if name not in shown]
@@ -78,6 +84,18 @@ def stage_section(account: Account, looks: Looks, k: int) -> Section:
         section.body.append(f"<h3>Numbers {quiet('in shares of the best return')}</h3>{_numbers(looks, stage, k)}")
     section.body.append(_decision(account, stage))
     return section
+
+
+def _beside(round_: Round) -> str:
+    """What a round's note tells that no candidate's card shows."""
+    parts = []
+    if round_.unnamed:
+        words = f"{round_.unnamed} candidates are by {RULES}; this account doesn't say which."
+        parts.append(f'<p class="note">{esc(words)}</p>')
+    left = round_.proposed.note.get("left_out")
+    if isinstance(left, list) and left:
+        parts.append(f'<div class="box"><h4>Left out, not tried</h4>{bullets(left)}</div>')
+    return "".join(parts)
 
 
 def _evidence(stage: Stage) -> str:
@@ -100,9 +118,10 @@ def _evidence(stage: Stage) -> str:
 
 
 def _card(account: Account, stage: Stage) -> str:
-    title = "Diagnosis by rules" if account.by_rules else "The critic's card"
-    label = f" {pill('open', 'rules, no model')}" if account.by_rules else ""
-    body = tree(stage.card) if stage.card else f"<p>{quiet('There is none.')}</p>"
+    rules = account.by_rules or says_rules(stage.card_note)
+    title = "Diagnosis by rules" if rules else "The critic's card"
+    label = f" {pill('open', RULES)}" if rules else ""
+    body = tree(stage.card) if stage.card else nothing(stage.card_note, "There is none")
     return f'<div class="box card"><h3>{title}{label}</h3>{body}{notes(account, "Diagnosis", stage.card_note)}</div>'
 
 
@@ -150,7 +169,9 @@ def _branch_axes(looks: Looks, stage: Stage) -> Callable[[str], str]:
     return draw
 
 
-def _branch_card(account: Account, looks: Looks, k: int, name: str, draw: Callable[[str], str]) -> str:
+def _branch_card(
+    account: Account, looks: Looks, k: int, name: str, draw: Callable[[str], str], *, rules: bool = False
+) -> str:
     stage = account.stages[k]
     candidate, branches = stage.proposed.get(name), stage.tried.get(name, [])
     fate = fate_of(stage, name)
@@ -178,6 +199,7 @@ def _branch_card(account: Account, looks: Looks, k: int, name: str, draw: Callab
     return (
         f'<article class="branch {kind}" id="{branch_anchor(k, name)}"><h4>{said(name)} '
         f"{quiet(straight(', '.join(about)).replace('_', ' '))}</h4>{pill(fate.kind, fate.word)}"
+        f"{' ' + pill('open', RULES) if rules else ''}"
         f"{config_card(looks, config, stage.current, change=name not in (CONTROL, REFERENCE))}"
         f"{draw(name)}{numbers}{ahead}{rationale}{reasons}</article>"
     )
@@ -230,7 +252,7 @@ def _decision(account: Account, stage: Stage) -> str:
         parts.append(f'<div class="box gate"><h3>The gate</h3><p>{quiet("No verdict yet.")}</p></div>')
     reviews = [(n, r) for n, r in enumerate(stage.rounds, 1) if r.review or r.review_note]
     if reviews:
-        by = " by rules" if account.by_rules else ""
+        by = " by rules" if account.by_rules or all(says_rules(r.review_note) for _, r in reviews) else ""
         body = "".join(
             (f"<h4>Round {n}</h4>" if len(stage.rounds) > 1 else "")
             + (tree(r.review) if r.review else f"<p>{quiet('There is none.')}</p>")

@@ -7,18 +7,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from echelon.reports.account.file import CONTROL, REFERENCE, TASK_REWARD, Account, Config, Json, Stage
+from echelon.reports.account.file import CONTROL, REFERENCE, TASK_REWARD, Account, Config, Json, Stage, says_rules
 from echelon.reports.account.looks import Looks
 from echelon.reports.charts import swatch_svg
 from echelon.reports.parts import decimal, esc, foldable, quiet, slug
 
 __all__ = [
+    "RULES",
     "Fate",
     "branch_anchor",
     "bullets",
     "config_card",
     "fate_of",
     "notes",
+    "nothing",
     "number_text",
     "outcome_of",
     "pill",
@@ -51,6 +53,10 @@ def straight(text: str) -> str:
 def number_text(value: float | None, digits: int = 3) -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None else decimal(value, digits)
+
+
+RULES = "rules, no model"
+"""What is said of what rules made."""
 
 
 def pill(kind: str, words: str) -> str:
@@ -96,8 +102,17 @@ def notes(account: Account, what: str, note: Json | None) -> str:
     """Prompts, replies and whatever else a proposer kept, behind a line."""
     if not note:
         return ""
-    kept = "how the rules came to it" if account.by_rules else "prompts and replies"
+    if account.by_rules or says_rules(note):
+        kept = "how the rules came to it"
+    else:
+        kept = "how it came about" if "exhausted" in note else "prompts and replies"
     return f'<div class="notes">{foldable(f"{what}: {kept}", tree(note))}</div>'
+
+
+def nothing(note: Json | None, words: str) -> str:
+    """That there is nothing, in some words, and why, where a note says so."""
+    why = (note or {}).get("exhausted")
+    return f"<p>{quiet(f'{words}: {straight(str(why))}.' if why else f'{words}.')}</p>"
 
 
 def config_card(looks: Looks, config: Config | None, current: Config | None = None, *, change: bool = False) -> str:
