@@ -1074,11 +1074,12 @@ def test_files_of_a_run_with_proposed_shaping_are_those_of_the_docs(also_run: Pa
 
 def test_account_fields_are_those_of_the_docs(also_run: Path) -> None:
     account = json_of(also_run / "account.json")
-    head, stage, branch, mainline, segment = tables("docs/files.md", "account.json")
+    head, stage, note, branch, mainline, segment = tables("docs/files.md", "account.json")
     text = set(re.findall(r"`(\w+)`", section("docs/files.md", "account.json")))
     assert set(account) == head and set(account["final"]) <= text
     (one,) = account["stages"]
     assert set(one) == stage and len(one["branches"]) == 6 and len(one["lead"]) == 2
+    assert "rules" in note and one["card_note"]["rules"] is one["rounds"][0]["proposed"]["note"]["rules"] is True
     assert all(set(b) == branch for b in one["branches"])
     assert all(set(point) == mainline for point in account["mainline"])
     assert all(set(part) == segment for part in account["segments"])
