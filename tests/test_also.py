@@ -1044,7 +1044,8 @@ def test_a_model_behind_a_server(kind: str, tmp_path: Path, monkeypatch: pytest.
     if kind == "dies":
         assert turn["review"] is None and "error" in turn["review_note"]["tries"][0]
     assert len(stage["branches"]) == 3 and not any(b["problem"] for b in stage["branches"])
-    write_account(tmp_path / "run")
+    page = write_account(tmp_path / "run").read_text(encoding="utf-8")
+    assert ("2 of 2 candidates by rules, no model" in page) == (kind == "garbage")
 
 
 # -- the command line --------------------------------------------------------------------------
