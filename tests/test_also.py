@@ -779,6 +779,7 @@ def test_a_branch_has_no_more_evaluations_than_rollouts(tmp_path: Path) -> None:
         "a branch of 410 steps has 2 rollouts, so it is evaluated 2, not 4 times, and its verdict"
     )
     assert a["notes"] == news[:1] and len(a["stages"][0]["branches"][0]["curve"]) == 2
+    assert f"Note: {news[0]}.".replace("'", "&#x27;") in write_account(tmp_path / "run").read_text()
     one = AlsoTrainer(tiny(also={"branch": 1 / 40}), tmp_path / "one").account["notes"]
     assert "has 1 rollout, so it is evaluated 1, not 4 times" in one[0]
     for k, enough in enumerate(({"also": {"branch": 1 / 40, "evaluations": 1}}, {"method": "fixed-pbrs"}, {})):
@@ -801,6 +802,28 @@ def test_names_of_candidates_cannot_be_those_of_others(tmp_path: Path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     grow(config, tmp_path / "run", proposer=Asked())
     assert read(tmp_path / "run") == a
+
+
+def test_what_was_tried_costs_no_second_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate would refuse it when it is trained: what is in force, what this stage tried, and one of two twins."""
+    monkeypatch.setattr(judging, "gate", first_wins)
+
+    class Twins(Asked):
+        def propose(self, situation: Situation, card: CriticCard | None) -> Proposed:
+            new = ShapingConfig("new", 0.3, {"approach": 1.0, "deliv": 0.5 + len(self.calls)})
+            configs = [ShapingConfig("idle", 0.0, {"deliv": 1.0}), new, new, ShapingConfig("old", 0.2, {"deliv": 1.0})]
+            self.calls.append("propose")
+            ids = zip("abcd", configs if situation.current is None else [situation.current, *configs[1:]], strict=True)
+            return Proposed(tuple(Candidate(i, "balanced", c) for i, c in ids), "uncertain", "moderate")
+
+    config = tiny(also={"rounds": 2, "branch": 0.05, "evaluations": 2, "candidates": 3})
+    stages = grow(config, tmp_path / "run", proposer=Twins()).account["stages"]
+    tried = [[b["name"] for b in stage["branches"]] for stage in stages]
+    assert tried == [["no change", "b", "d", "b-2"]] * 2
+    left = [[turn["proposed"]["note"]["left_out"] for turn in stage["rounds"]] for stage in stages]
+    words = ["a: the same as the configuration in force", "c: the same as candidate b"]
+    assert left[0][0] == left[1][0] == words
+    assert left[0][1][-1] == left[1][1][-1] == "d-2: the same as one that was tried before"
 
 
 def test_poison_that_is_rejected_costs_only_steps(sparse: Path, tmp_path: Path) -> None:

@@ -47,15 +47,16 @@ from echelon.shaping import (
     evidence,
     make_proposer,
     needs_model,
+    new_candidates,
     term_set,
 )
-from echelon.shaping.situation import fresh_id
+from echelon.shaping.gate import NO_CHANGE
 
 __all__ = ["AlsoProgress", "AlsoTrainer"]
 
 FORMAT = 1
 
-_NO_CHANGE, _REFERENCE = "no change", "reference"
+_REFERENCE = "reference"
 _BEHAVIOUR = 64  # streams of the worlds in which behaviour is recorded: this one and those above
 
 
@@ -374,7 +375,8 @@ class AlsoTrainer:
         grown: dict[str, list[Grown]] = {}
         for n in range(c.also.rounds if kind.branches else 1):
             if n == len(stage["rounds"]):
-                proposed = self._usable(_named(self._asked(name, "propose", Proposed, situation, card), tried))
+                proposed = self._asked(name, "propose", Proposed, situation, card).named(tried)
+                proposed = self._usable(proposed, tried)
                 stage["rounds"].append({"proposed": proposed.to_json(), "review": None, "review_note": {}})
                 self._save()
             turn = stage["rounds"][n]
@@ -385,7 +387,7 @@ class AlsoTrainer:
             tried |= candidates
             branches = self._branches(name, n, candidates, first=n == 0)
             if n == 0:
-                control = branches.pop(_NO_CHANGE)
+                control = branches.pop(NO_CHANGE)
                 if _REFERENCE in branches:
                     (reference,) = branches.pop(_REFERENCE)
                     at.reference = reference if reference.problem is None else None
@@ -433,11 +435,13 @@ class AlsoTrainer:
         self._check_stop()
         return said
 
-    def _usable(self, proposed: Proposed) -> Proposed:
+    def _usable(self, proposed: Proposed, tried: Mapping[str, Candidate]) -> Proposed:
         """The proposals that can be tried: one that can't costs itself, not the run."""
+        before = [candidate.config for candidate in tried.values()]
+        new = new_candidates(proposed.candidates, current=self._at.shaping, tried=before)
         kept: list[Candidate] = []
-        left: list[str] = []
-        for candidate in proposed.candidates:
+        left = list(new.reasons)
+        for candidate in new.usable:
             if len(kept) == self.config.also.candidates:  # the budget was reckoned for so many
                 left.append(f"{candidate.id}: only {len(kept)} are tried")
                 continue
@@ -501,8 +505,8 @@ class AlsoTrainer:
 
         wanted: dict[str, list[Segment]] = {}
         if first:
-            wanted[_NO_CHANGE] = segments("no-change", at.shaping)
-            at.control = wanted[_NO_CHANGE][0].id
+            wanted[NO_CHANGE] = segments("no-change", at.shaping)
+            at.control = wanted[NO_CHANGE][0].id
             old = at.reference
             if old is not None:
                 word = f"{name}-{_REFERENCE}"
@@ -522,7 +526,7 @@ class AlsoTrainer:
         branches: Mapping[str, Sequence[Grown]],
     ) -> None:
         """Put a round's branches into the account."""
-        shown: dict[str, Sequence[Grown]] = {_NO_CHANGE: control} if turn == 1 and control else {}
+        shown: dict[str, Sequence[Grown]] = {NO_CHANGE: control} if turn == 1 and control else {}
         if turn == 1 and reference is not None:
             shown[_REFERENCE] = [reference]
         for name, some in {**shown, **branches}.items():
@@ -688,15 +692,6 @@ def _check_stage(stage: Mapping[str, Any]) -> None:
             dict(turn["review"])
     if stage.get("evidence") is not None:
         dict(stage["evidence"])
-
-
-def _named(proposed: Proposed, taken: Mapping[str, Candidate]) -> Proposed:
-    """Proposals under names that no other branch of their stage has; folders are called so, too."""
-    found: dict[str, Candidate] = {}
-    for candidate in proposed.candidates:
-        name = fresh_id(candidate.id, [*taken, *found])
-        found[name] = dataclasses.replace(candidate, id=name)
-    return dataclasses.replace(proposed, candidates=tuple(found.values()))
 
 
 def _json(shaping: ShapingConfig | None) -> dict[str, Any] | None:

@@ -205,6 +205,7 @@ class Account(_Part):
     best_return: Number = None
     vocabulary: str = ""
     stages: list[Stage] = []
+    notes: list[str] = []
     skipped: list[Skipped] = []
     mainline: list[MainPoint] = []
     segments: list[Segment] = []

@@ -40,12 +40,12 @@ def run_head(account: Account) -> str:
     facts = [("Method", said(account.method)), ("Base", said(account.base or "–")),
              ("Environment", said(account.environment or "–")),
              ("Seed", esc("–" if account.seed is None else account.seed)), ("Proposer", who)]  # fmt: skip
-    unfinished = (
-        "" if final else '<p class="unfinished">This run is not finished: what is here is what there is so far.</p>'
-    )
+    notes = [] if final else ["This run is not finished: what is here is what there is so far."]
+    notes += [f"Note: {said(note)}." for note in account.notes]
     return (
-        f'<dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl>{unfinished}'
-        f'<ul class="counts">{"".join(f"<li><b>{esc(n)}</b> {esc(words)}</li>" for n, words in counts)}</ul>'
+        f'<dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl>'
+        + "".join(f'<p class="unfinished">{note}</p>' for note in notes)
+        + f'<ul class="counts">{"".join(f"<li><b>{esc(n)}</b> {esc(words)}</li>" for n, words in counts)}</ul>'
     )
 
 
