@@ -285,7 +285,7 @@ JSON = st.recursive(
 
 
 @given(JSON, TEXTS)
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_json_in_notes_and_any_text_in_names_makes_a_page(tmp_path_factory: Any, note: Any, name: str) -> None:
     account = whole_account()
     one = account["stages"][0]

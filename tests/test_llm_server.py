@@ -632,7 +632,7 @@ def test_a_prompt_that_cannot_be_sent_is_an_error(serve: Serve, model: Model) ->
     assert faults(asked) == {"other": 1}
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     data=st.one_of(
         st.binary(max_size=300),
@@ -685,7 +685,6 @@ def random_server() -> Iterator[tuple[MisbehavingServer, ServerModel]]:
         asked.close()
 
 
-@settings(derandomize=True, deadline=None)
 @given(data=st.binary(max_size=200), name=st.text(max_size=20))
 def test_any_bytes_are_a_completion_or_a_fault(data: bytes, name: str) -> None:
     from echelon.llm._http import Answer, content, error_words, status_fault

@@ -119,7 +119,7 @@ NAMES = term_set("warehouse").names
 NUMBERS = st.floats(0, 1e6, allow_subnormal=False)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.text(min_size=1, max_size=9).filter(lambda name: name != "off"),
     st.floats(0, 1),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from echelon.errors import EchelonError
 from echelon.shaping import ShapingConfig, Summary, gate, hopeless, reference_leads, score_lead, summarise
 
-deterministic = settings(max_examples=150, derandomize=True, deadline=None)
+few = settings(max_examples=150)
 
 NC = Summary(0.40, 0.35, 0.42, 0.45, 0.03)
 A = Summary(0.46, 0.39, 0.45, 0.50, 0.04)
@@ -264,7 +264,7 @@ several = st.dictionaries(st.sampled_from("abcdef"), summaries, min_size=1, max_
 gains = st.integers(0, 30).map(lambda n: n / 100)
 
 
-@deterministic
+@few
 @given(summaries, several, st.none() | summaries, st.booleans(), st.booleans(), st.booleans(), st.data())
 def test_a_candidate_that_gets_better_in_everything_is_never_worse_off(nc, those, ref, first, low, soft, data) -> None:
     options = {"first_replacement": first, "low_return": low, "soft": soft}
@@ -280,7 +280,7 @@ def test_a_candidate_that_gets_better_in_everything_is_never_worse_off(nc, those
     assert after.winner == before.winner
 
 
-@deterministic
+@few
 @given(summaries, several, st.none() | summaries)
 def test_who_wins_is_beaten_by_nobody_in_everything(nc, those, ref) -> None:
     best = gate(nc, those, ref).best
@@ -290,7 +290,7 @@ def test_who_wins_is_beaten_by_nobody_in_everything(nc, those, ref) -> None:
         assert name == best or not ahead
 
 
-@deterministic
+@few
 @given(summaries, several, st.randoms(use_true_random=False))
 def test_the_order_of_the_candidates_does_not_matter(nc, those, random) -> None:
     names = list(those)
@@ -298,13 +298,13 @@ def test_the_order_of_the_candidates_does_not_matter(nc, those, random) -> None:
     assert gate(nc, {name: those[name] for name in names}) == gate(nc, those)
 
 
-@deterministic
+@few
 @given(summaries, st.booleans(), st.booleans())
 def test_no_change_never_beats_itself(nc, low, soft) -> None:
     assert not gate(nc, {"same": nc}, low_return=low, soft=soft).accepted
 
 
-@deterministic
+@few
 @given(summaries, summaries, summaries)
 def test_a_reference_never_makes_it_easier(nc, it, ref) -> None:
     for soft in (False, True):
@@ -330,7 +330,7 @@ def test_a_rise_is_no_spike() -> None:
     assert not gate(still, {"a": fall}).accepted
 
 
-@deterministic
+@few
 @given(
     st.tuples(*[st.floats(0, 1)] * 5), st.tuples(*[st.floats(0, 1)] * 5), st.booleans(), st.booleans(), st.booleans()
 )

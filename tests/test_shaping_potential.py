@@ -14,7 +14,7 @@ from echelon.errors import EchelonError
 from echelon.shaping import PotentialShaper, ShapingConfig, ShapingRules, mixture, relabel
 
 NAMES = ("near", "seen", "done")
-deterministic = settings(max_examples=60, derandomize=True, deadline=None)
+few = settings(max_examples=60)
 fractions = st.floats(0, 1, width=32)
 
 
@@ -78,7 +78,7 @@ def test_an_unknown_term_is_named() -> None:
         ShapingConfig.from_json({"mode": "m", "beta": 0.5})
 
 
-@deterministic
+@few
 @given(configs())
 def test_a_configuration_comes_back_from_a_file_bit_for_bit(config: ShapingConfig) -> None:
     back = ShapingConfig.from_json(json.loads(json.dumps(config.to_json())))
@@ -162,7 +162,7 @@ episodes = st.integers(1, 12).flatmap(
 )
 
 
-@deterministic
+@few
 @given(configs(), episodes, st.floats(0, 1), st.booleans(), st.sampled_from(["zero", "state"]), st.floats(-1, 1))
 def test_returns_telescope(config, rows, gamma, terminated, terminal, offset) -> None:
     phi = column(*rows)
@@ -175,7 +175,7 @@ def test_returns_telescope(config, rows, gamma, terminated, terminal, offset) ->
     assert (gamma ** np.arange(steps) * extra).sum() == pytest.approx(expected, abs=1e-4)
 
 
-@deterministic
+@few
 @given(st.lists(configs(), min_size=13, max_size=13), episodes)
 def test_returns_telescope_when_the_potential_changes_in_mid_episode(several, rows) -> None:
     phi, gamma = column(*rows), 0.97
@@ -201,7 +201,7 @@ def test_truncation_keeps_the_potential_and_termination_does_not() -> None:
     assert play(PotentialShaper(HALVES, NAMES, 1, rules), phi, True) == pytest.approx([0])
 
 
-@deterministic
+@few
 @given(configs(), configs(), st.integers(0, 2**32 - 1))
 def test_relabelled_rewards_bear_no_trace_of_the_mixture_that_made_them(old, new, seed) -> None:
     rng = np.random.default_rng(seed)
@@ -247,7 +247,7 @@ def problems(draw: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     return chance, rng.normal(size=(states, actions)), terminal, rng.random((states, 3), np.float32)
 
 
-@deterministic
+@few
 @given(problems(), configs(), st.floats(-1, 2))
 def test_the_best_policies_stay_the_best_for_any_strength_and_weights(problem, config, offset) -> None:
     chance, reward, terminal, phi = problem
@@ -310,7 +310,7 @@ def test_a_shaper_that_goes_on_from_a_checkpoint_pays_the_same() -> None:
         PotentialShaper(other, NAMES, 3, rules).load_state_dict(saved)
 
 
-@deterministic
+@few
 @given(configs(), st.integers(0, 2**32 - 1))
 def test_a_world_is_paid_the_same_whoever_is_beside_it(config, seed) -> None:
     rng = np.random.default_rng(seed)
