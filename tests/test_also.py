@@ -740,6 +740,16 @@ def test_a_proposer_without_ideas_costs_only_controls(tmp_path: Path, monkeypatc
         ("diagnose", ("lost", {}), "its diagnose failed: TypeError: it returned 'lost', no CriticCard"),
         ("diagnose", (None, {"x": np.float32(1)}), "its diagnose failed: TypeError: .* not JSON serializable"),
         ("propose", [], r"its propose failed: TypeError: it returned \[\], no Proposed"),
+        ("diagnose", (None, {"x": float("nan")}), "its diagnose failed: ValueError: Out of range float"),
+        ("diagnose", (None, {"x": 1, 2: 3}), "its diagnose failed: TypeError: '<' not supported"),
+        ("diagnose", (None, [("x", 1)]), r"its diagnose failed: TypeError: its note is \[.*, no dict"),
+        ("propose", Proposed((), "plateau", "moderate", None), "its propose failed: TypeError: its note is None"),  # type: ignore[arg-type]
+        ("propose", Proposed((), 5, "moderate"), "its propose failed: TypeError: 5 isn't a text"),  # type: ignore[arg-type]
+        (
+            "propose",
+            Proposed((Candidate(5, "x", ShapingConfig("x", 0.5, {"deliv": 1.0})),), "x", "y"),  # type: ignore[arg-type]
+            "its propose failed: TypeError: 5 isn't a text",
+        ),
         ("review", ("fine", {}), "its review failed: TypeError: it returned 'fine', no ResultDiagnosis"),
     ],
 )

@@ -376,11 +376,7 @@ def test_fields_that_a_server_does_not_support_are_left_out(serve: Serve, model:
         ('[{"a": 1}]', '{"a": 1}'),
         ('{"a": NaN}', None),
         ('{"a": 1', None),
-        ('{"plan": [{"robot": 0}, {"rob', None),
-        ('{"a": {"b": 1}, "c": NaN}', None),
-        ('{"a": {"b": 1},, }', None),
-        ('{a: {"b": 1}}', None),
-        ('{"a": {"b": 1},, } or rather {"c": 2}', '{"c": 2}'),
+        ('{"plan": [{"robot": 0}, {"rob', '{"robot": 0}'),
         ('put it in {braces, so {"a": "}"}', '{"a": "}"}'),
         ('```json\n{"a": "{"}\n```\n{"b', '{"a": "{"}'),
         ("", None),
@@ -401,6 +397,9 @@ def test_find_json(text: str, found: str | None) -> None:
         ('{"a": [{"b": 1}, {"b', "the JSON breaks off"),
         ('{"a": {"b": 1}, "c": -Infinity}', "-Infinity is not JSON: a number must be finite"),
         ('{"a": 1,, "b": 2}', "it is not JSON: "),
+        ('{"a": "x\ny"}', "it is not JSON: Invalid control character near"),
+        ('{"why": "5" wide"}', "it is not JSON: Expecting ',' delimiter near 'wide"),
+        ('{"why": "5 wide', "the JSON breaks off"),
         ("{'a': 1}", "it is not JSON: "),
         ('{"a":' * 100_000 + "}" * 100_000, "brackets nest too deeply"),
     ],
@@ -410,7 +409,7 @@ def test_why_there_is_no_json(text: str, why: str) -> None:
 
 
 def test_what_was_written_is_kept_beside_the_json_in_it(serve: Serve, model: Model) -> None:
-    broken, whole = '{"a": [{"b": 1}, {"b', 'So: {"a": 1}'
+    broken, whole = '{"a": [{"b": ', 'So: {"a": 1}'
     seen: list[str] = []
 
     def behave(request: dict[str, Any]) -> str:

@@ -230,6 +230,14 @@ def test_a_part_of_a_reply_is_none_and_another_reply_is_one() -> None:
     reply, reasons = read_reply(f"{whole.replace('0.3', 'NaN')} or rather {whole}", GeneratorReply)
     assert reply is not None and reasons == []
     assert read_reply(whole.replace("less of it", "less\nof it"), GeneratorReply)[0] is not None
+    # What was never closed hides no reply behind it.
+    for lost in (
+        "As asked {decision: this or that, here: ",
+        whole[:-60] + "\n\nSorry, once more:\n",
+        '{"x": "5" y"}\n',
+    ):
+        reply, reasons = read_reply(lost + whole, GeneratorReply)
+        assert reply is not None and reasons == [], lost
 
 
 @few

@@ -563,22 +563,24 @@ def test_a_model_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("usage", [True, False])
 @pytest.mark.parametrize(
-    ("spoilt", "why"),
+    ("spoilt", "why", "each"),
     [
-        (reply()[:-99], "the JSON breaks off"),
-        (reply().replace("0.2", "NaN"), "NaN is not JSON: a number must be finite"),
+        (reply()[:-99], "the JSON breaks off", 1),  # a whole candidate is JSON enough for the client
+        (reply()[:30], "the JSON breaks off", 2),
+        (reply().replace("0.2", "NaN"), "NaN is not JSON: a number must be finite", 1),
     ],
 )
 def test_a_reply_that_breaks_off_is_said_to_and_all_of_it_is_kept(
-    monkeypatch: pytest.MonkeyPatch, spoilt: str, why: str, usage: bool
+    monkeypatch: pytest.MonkeyPatch, spoilt: str, why: str, each: int, usage: bool
 ) -> None:
+    """No part of it passes for the reply, and of `each` requests a try all answers stand in the account."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     seen: list[str] = []
 
     def behave(request: dict[str, Any]) -> str | Fault:
         seen.append(request["json"]["messages"][1]["content"])
-        said = f"Here {len(seen)}: {spoilt}" if len(seen) < 6 else reply()
+        said = f"Here {len(seen)}: {spoilt}" if len(seen) <= 2 * each else reply()
         told = completion(said)
         return Fault("data", data=json.dumps(told if usage else {**told, "usage": None}).encode())
 
@@ -587,12 +589,11 @@ def test_a_reply_that_breaks_off_is_said_to_and_all_of_it_is_kept(
         proposed = ModelProposer(model).propose(situation(), CARD)
         model.close()
     tries = proposed.note["tries"]
-    assert ids(proposed) == ["x", "y", "z"] and len(seen) == 6
+    assert ids(proposed) == ["x", "y", "z"] and len(seen) == 2 * each + 1
     assert [t.get("reasons") for t in tries] == [[why], [why], None]
-    assert f"- {why}" in seen[2] and f"- {why}" in seen[4]
-    # Each request's answer stands in the account.
+    assert f"- {why}" in seen[each] and f"- {why}" in seen[2 * each]
     said = [text for t in tries for text in (*t.get("earlier_replies", ()), t["reply"])]
-    assert said == [*(f"Here {n}: {spoilt}" for n in range(1, 6)), reply()]
+    assert said == [*(f"Here {n}: {spoilt}" for n in range(1, 2 * each + 1)), reply()]
 
 
 def test_of_a_very_long_reply_both_ends_are_kept() -> None:

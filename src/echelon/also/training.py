@@ -418,15 +418,7 @@ class AlsoTrainer:
         self._show(f"{name}: {proposer.name}: {what}")
         try:
             said = getattr(proposer, what)(*args)
-            if kind is Proposed:
-                if not isinstance(said, Proposed):
-                    raise TypeError(f"it returned {said!r}, no Proposed")
-                json.dumps(said.to_json())
-            else:
-                told, note = said
-                if told is not None and not isinstance(told, kind):
-                    raise TypeError(f"it returned {told!r}, no {kind.__name__} and not None")
-                json.dumps(dict(note))
+            _require(said, kind)
         except EchelonError:
             raise
         except Exception as error:  # of whatever kind: the code isn't ours
@@ -692,6 +684,27 @@ def _check_stage(stage: Mapping[str, Any]) -> None:
             dict(turn["review"])
     if stage.get("evidence") is not None:
         dict(stage["evidence"])
+
+
+def _require(said: Any, kind: type) -> None:
+    """Raise whatever it may be where a proposer's answer is none, or can't be kept in an account."""
+    words: list[Any] = []
+    if kind is Proposed:
+        if not isinstance(said, Proposed):
+            raise TypeError(f"it returned {said!r}, no Proposed")
+        words = [said.stage, said.policy, *(word for c in said.candidates for word in (c.id, c.type, c.rationale))]
+        note, kept = said.note, said.to_json()
+    else:
+        told, note = said
+        if told is not None and not isinstance(told, kind):
+            raise TypeError(f"it returned {told!r}, no {kind.__name__} and not None")
+        kept = note
+    if not isinstance(note, dict):
+        raise TypeError(f"its note is {note!r}, no dict")
+    for word in words:
+        if not isinstance(word, str):
+            raise TypeError(f"{word!r} isn't a text")
+    json.dumps(kept, sort_keys=True, allow_nan=False)  # as an account is written
 
 
 def _json(shaping: ShapingConfig | None) -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import httpx
 
-from echelon.llm.json_text import json_pieces
 from echelon.llm.prompts import clean
 
 __all__ = [
@@ -58,6 +57,7 @@ KINDS = (
 
 _ERROR_BYTES = 65_536
 _LONGEST_WAIT = 60.0  # seconds that a Retry-After can ask for; our choice
+_STARTS = 16  # places in a text where JSON is looked for: each try may read all of it
 
 
 class Fault(Exception):
@@ -279,16 +279,31 @@ def _shape(what: str) -> Fault:
 
 
 def find_json(text: str, openings: str = "{[") -> str | None:
-    """The first whole JSON object or list in a model's text, as it is written there; None if there is none.
+    """The first JSON object or list in a model's text, as it is written there; None if there is none.
 
-    What stands inside of JSON that can't be read is none: the first entry of a plan that was cut off passed for the
-    reply, and what else was in it was lost. It is asked for again instead.
+    Words before and behind it, code fences and a thought between `<think>` and `</think>` are left out. Only the first
+    16 places where one might begin are tried.
 
     Args:
-        text: what the model wrote; see `json_pieces`.
+        text: what the model wrote.
         openings: what the JSON begins with: "{" for an object, "[" for a list, or either.
     """
-    return next((piece.text for piece in json_pieces(text, openings) if piece.fault is None), None)
+    text = text.rpartition("</think>")[2]
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    at = -1
+    for _ in range(_STARTS):
+        at = min((i for i in (text.find(opening, at + 1) for opening in openings) if i >= 0), default=-1)
+        if at < 0:
+            return None
+        try:
+            return text[at : decoder.raw_decode(text, at)[1]]
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def one_line(text: str, key: str, length: int = 200) -> str:

@@ -1,8 +1,4 @@
-"""JSON in what a model wrote: found whole, or not at all and with the reason.
-
-What stands inside of JSON that can't be read is never taken for the answer: the first whole part of a reply that was
-cut off is another thing than the reply.
-"""
+"""JSON in what a model wrote: what can be read, and what can't with the reason."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from echelon.llm.prompts import clean
 __all__ = ["JsonPiece", "json_pieces", "why_no_json"]
 
 _PIECES = 256  # places where JSON begins that are tried
+_INSIDE = 16  # ... behind the first one that is never closed: each may read all that follows
 _DIGITS = 300  # of a whole number; one of more is larger than any float
 # What prose doesn't begin with by chance: "{x}" and "[see below]" are words.
 _BEGINS = {
@@ -48,8 +45,9 @@ class JsonPiece:
 def json_pieces(text: str, openings: str = "{[", *, strict: bool = True) -> Iterator[JsonPiece]:
     """The objects and lists in a text, the outermost ones in their order; also those that can't be read.
 
-    Words around them and code fences don't matter, nor does what stands before `</think>`. Behind one that is never
-    closed nothing is looked for. Work grows with the text's length alone.
+    Words around them and code fences don't matter, nor does what stands before `</think>`. What is inside of one that
+    is closed, but can't be read, is no piece. Where one is never closed, what follows comes after it: another answer,
+    or parts of the one that broke off. Work grows with the text's length alone.
 
     Args:
         text: what a model wrote: anything.
@@ -59,8 +57,9 @@ def json_pieces(text: str, openings: str = "{[", *, strict: bool = True) -> Iter
     text = text.rpartition("</think>")[2]
     decoder = json.JSONDecoder(parse_constant=_no_constant, parse_int=_int, strict=strict)
     begins = re.compile("|".join(_BEGINS[opening].pattern for opening in openings))
-    at = 0
-    for _ in range(_PIECES):
+    at, left = 0, _PIECES
+    while left > 0:
+        left -= 1
         found = begins.search(text, at)
         if found is None:
             return
@@ -71,8 +70,9 @@ def json_pieces(text: str, openings: str = "{[", *, strict: bool = True) -> Iter
             end = _end(text, start)
             yield JsonPiece(text[start:end], None, _fault(error, text, end))
             if end is None:
-                return
-            at = end
+                at, left = start + 1, min(left, _INSIDE)
+            else:
+                at = end
         else:
             yield JsonPiece(text[start:at], value)
 
@@ -87,7 +87,7 @@ def _fault(error: ValueError | RecursionError, text: str, end: int | None) -> st
         return "brackets nest too deeply"
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
-    if end is None:
+    if end is None and (error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")):
         return "the JSON breaks off"
     return f"it is not JSON: {error.msg.removesuffix(' at')} near {clean(text[error.pos : error.pos + 24])!r}"
 

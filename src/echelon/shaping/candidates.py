@@ -142,7 +142,7 @@ R = TypeVar("R", bound=_Reply)
 
 
 def read_reply(text: str, schema: type[R], check: Callable[[R], list[str]] | None = None) -> tuple[R | None, list[str]]:
-    """The first JSON object in a text that fits a schema, whatever stands around it; never a part of one.
+    """The first JSON object in a text that fits a schema, whatever stands around it.
 
     Args:
         text: what a model wrote: anything. Its first 64 Ki characters count, behind `</think>` where there is one.

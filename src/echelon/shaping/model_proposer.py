@@ -210,8 +210,8 @@ class ModelProposer:
             tries.append(_told(prompt, reply))
             if reply.error is not None and not reply.completion_tokens and not reply.written:
                 break
-            # Where the client found no JSON, what the model wrote says why.
-            found, reasons = read_reply(reply.text or "".join(reply.written[-1:]), schema, check)
+            # What the client found in it may be a part of what broke off.
+            found, reasons = read_reply(_last(reply), schema, check)
             best = found if found is not None else best
             if reasons:
                 tries[-1]["reasons"] = reasons
@@ -430,8 +430,8 @@ def _renamed(proposals: Iterable[Proposal], taken: Iterable[str]) -> list[Propos
 
 def _told(prompt: TextPrompt, reply: TextReply) -> dict[str, Any]:
     """A prompt and what was written to it, for JSON and for eyes; no times: the same run has the same account."""
-    *earlier, last = reply.written or (reply.text,)
-    told: dict[str, Any] = {"prompt": prompt.text, "reply": _kept(last)}
+    earlier = reply.written[:-1]
+    told: dict[str, Any] = {"prompt": prompt.text, "reply": _kept(_last(reply))}
     if earlier:  # the client itself asked again, since there was no JSON in them
         told["earlier_replies"] = [_kept(text) for text in earlier]
     if reply.error is not None:
@@ -440,6 +440,11 @@ def _told(prompt: TextPrompt, reply: TextReply) -> dict[str, Any]:
         if getattr(reply, name):
             told[name] = getattr(reply, name)
     return told
+
+
+def _last(reply: TextReply) -> str:
+    """What the model wrote last, whole."""
+    return (reply.written or (reply.text,))[-1]
 
 
 def _kept(text: str) -> str:

@@ -190,6 +190,7 @@ class _Asker:
                 asked.set_result(call())
             except BaseException as error:  # of whatever kind: it is the caller's
                 asked.set_exception(error)
+            del task, asked, call  # what came of it is the caller's alone
 
 
 _SHARED = "the study's folder must be on a file system that all nodes see"
