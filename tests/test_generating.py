@@ -414,6 +414,7 @@ def deep(*_: object) -> Any:
         (lambda prompts: [TextReply("", "busy\n\x07")] * len(prompts), "busy"),
         (lambda prompts: [TextReply("", "")] * len(prompts), "without a reason"),
         (lambda prompts: [TextReply("", 7)] * len(prompts), "without a reason"),  # type: ignore[arg-type]
+        (lambda prompts: [TextReply("", "no JSON", written=7)] * len(prompts), "no JSON"),  # type: ignore[arg-type]
         (lambda prompts: [TextReply(reply(r0=1), "late", 10**400, -1, "x", 10**400, None)] * len(prompts),  # type: ignore[arg-type]
          "late"),
     ],
@@ -433,6 +434,21 @@ def test_a_model_that_fails_never_stops_a_plan(generate: Any, error: str, way: A
     assert error in told["error"]
     assert told["error"].isprintable()
     assert [told[n] for n in ("prompt_tokens", "completion_tokens", "attempts", "seconds")] == [0, 0, 0, 0]
+
+
+def test_a_reply_that_holds_no_plan_is_in_the_record() -> None:
+    """A server's client finds no JSON in it, and gives an error; whoever reads the record wants to know what it was."""
+    model = Writer("")
+    model.generate = lambda prompts: (
+        [  # type: ignore[method-assign]
+            TextReply("", "no JSON", written=("What?", "I'd rather\nnot."))
+        ]
+        * len(prompts)
+    )
+    planner = GeneratingPlanner(model)
+    notes = planner.plan(ask(team(2, 3))).notes
+    assert notes is not None and planner.counts["failures"] == 1
+    assert (notes(0)["error"], notes(0)["reply"]) == ("no JSON", "I'd rather\nnot.")
 
 
 @pytest.mark.parametrize("answers", [None, [], ["x"], RuntimeError("lost"), 7, [TextReply("")] * 5])

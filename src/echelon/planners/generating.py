@@ -600,7 +600,9 @@ def _sound(reply: object) -> TextReply:
     counts = (reply.prompt_tokens, reply.completion_tokens, reply.attempts)
     read, written, attempts = (int(x) if isinstance(x, int) and 0 <= x < 1 << 53 else 0 for x in counts)
     seconds = reply.seconds if isinstance(reply.seconds, float) and math.isfinite(reply.seconds) else 0.0
-    return TextReply(reply.text, error, read, written, attempts, seconds)
+    # Where no JSON was found, a record still tells what was written.
+    texts = [text for text in reply.written if isinstance(text, str)] if isinstance(reply.written, tuple) else []
+    return TextReply(texts[-1] if texts and error else reply.text, error, read, written, attempts, seconds)
 
 
 def _error(error: Exception) -> str:
