@@ -42,7 +42,7 @@ from echelon.errors import BusyError, EchelonError, StorageError
 from echelon.evaluation import protocol
 from echelon.evaluation.episodes import evaluate
 from echelon.reports.account import write_account
-from echelon.runs import read_run
+from echelon.runs import read_run, run_costs
 from echelon.shaping import (
     Candidate,
     CriticCard,
@@ -1115,6 +1115,13 @@ def test_the_command_trains_evaluates_and_goes_on(place: Path, capsys: pytest.Ca
     a = read(Path("run"))
     assert a["final"]["spent"] >= a["steps"]
     evaluation = Path("run/main/evaluation.json").read_bytes()
+    # Training costs what all segments took, each once; a fork's seconds go on from its source's.
+    parts = {
+        p.parent.name: json.loads(p.read_text())["training_seconds"]
+        for p in Path("run").glob("work/runs/*/result.json")
+    }
+    costs = json.loads(evaluation)
+    assert 0 < costs["training_seconds"] < sum(parts.values()) and costs["training_seconds"] > max(parts.values())
     assert main(["train", "--resume", "run", "--eval-episodes", "4"]) == 0
     assert Path("run/main/evaluation.json").read_bytes() == evaluation and read(Path("run")) == a
     assert main(["evaluate", "run", "--episodes", "3", "--replay-episodes", "1", "--name", "mine"]) == 0
@@ -1135,6 +1142,26 @@ def test_a_config_of_another_kind_is_told_so(place: Path, capsys: pytest.Capture
         assert main(["train", "--config", f"{name}.toml", "--method", wanted]) == 2
         line = f"{name}.toml is a config of {name}, {wanted} has other settings: leave one of the two out\n"
         assert capsys.readouterr().err.endswith(line)
+
+
+def test_steps_to_success_are_steps_spent(whole: Path, tmp_path: Path) -> None:
+    """Where branches were tried meanwhile, the steps when they were done; without its log a run is evaluated still."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    good = {"episodes": 900, "own_episodes": 900, "own_tsr": 1.0}
+    for segment in read(folder)["segments"]:
+        begin, end = segment["spent"]
+        for step in (segment["from"] + UPDATE, segment["to"]):
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": step, **good}))
+            alone = end - begin == segment["to"] - segment["from"]
+            costs = run_costs(folder / "main")
+            assert costs["steps_to_tsr_90"] == (begin + step - segment["from"] if alone else end)
+            assert costs["steps_to_tsr_90_is_bound"] == (not alone)
+    for log in ("", "{", '{"step": 5}', None):
+        (folder / "metrics.jsonl").unlink()
+        if log is not None:
+            (folder / "metrics.jsonl").write_text(log)
+        assert run_costs(folder / "main")["steps_to_tsr_90"] is None
 
 
 def test_flags_go_over_a_file_before_anything_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,10 +194,18 @@ def test_what_can_not_be_compared_is_told_first(tmp_path: Path) -> None:
     assert watcher.trained == [("flat-mappo", 320)]
 
 
+@pytest.mark.parametrize(("file", "kind"), [("study.toml", "study"), ("config.toml", "run")])
+def test_a_comparison_writes_over_nothing_else(file: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(EchelonError, match=f"holds a {kind}, whose files a comparison would write over"):
+        Watcher().compare([RUN], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
 def test_a_name_is_no_path(tmp_path: Path) -> None:
     """Results stay in the run's folder."""
     (tmp_path / "run").mkdir()
-    for name in ("../x", "a/b", "a\\b", "", ".", "..", "a\n", "versions"):
+    for name in ("../x", "a/b", "a\\b", "", ".", "..", "a\n", "versions", "account", "Result"):
         with pytest.raises(EchelonError, match="the evaluation"):
             evaluate_run(RUN, tmp_path / "run", name=name)
     assert [p.name for p in tmp_path.rglob("*")] == ["run"]

@@ -136,6 +136,13 @@ def test_a_study_expands_to_its_matrix_whole_seeds_first() -> None:
         assert c.steps == (1 if run.method == "classical" else 1000)
 
 
+def test_a_study_is_not_mixed_into_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(EchelonError, match="holds a run: choose another folder for the study"):
+        run_study(tiny_study(make_yard(tmp_path.parent)), tmp_path, Here())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
 def test_ids_of_the_committed_results_are_what_they_were() -> None:
     """The medium preset is the study under docs/results, whatever has become the default since."""
     path = Path(__file__).parents[1] / "docs/results/medium/results.json"

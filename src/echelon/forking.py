@@ -26,14 +26,11 @@ from echelon.errors import EchelonError
 from echelon.methods import method
 from echelon.rng import spawn_keys
 from echelon.rollout import TeamWorlds
-from echelon.runs import read_run
+from echelon.runs import FORK, read_run
 from echelon.shaping import ShapingSettings, relabel, term_set
 from echelon.training import identity, machine
 
-__all__ = ["FORK", "fork_run"]
-
-FORK = "fork.json"
-"""The file of a run's folder that says which run it goes on from."""
+__all__ = ["fork_run"]
 
 _MEMORY = "memory."
 _RANDOM = ("keys", "draw_key")  # what an algorithm's state calls the keys that it draws by

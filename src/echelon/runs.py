@@ -13,17 +13,20 @@ import numpy as np
 import torch
 
 import echelon
+from echelon._files import read_json
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.configs import RunConfig, read_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 
-__all__ = ["ACCOUNT", "PLANNER", "load_policy", "processor", "read_run", "run_costs", "steps_done", "trained_folder",
-           "versions"]  # fmt: skip
+__all__ = ["ACCOUNT", "FORK", "PLANNER", "load_policy", "processor", "read_run", "run_costs", "segments_seconds",
+           "steps_done", "trained_folder", "versions"]  # fmt: skip
 
 
 ACCOUNT = "account.json"
 """The file with every diagnosis, proposal, branch and verdict of a run whose shaping grew with it."""
+FORK = "fork.json"
+"""The file of a run's folder that says which run it goes on from."""
 PLANNER = "planner"
 """The folder of a run's folder that holds its planner, where that learns."""
 
@@ -53,21 +56,51 @@ def steps_done(folder: Path) -> int:
 
 
 def run_costs(folder: Path) -> dict[str, float | None]:
-    """What a run's training took: seconds, the language model's calls and tokens, and steps until it succeeded."""
+    """What a run's training took: seconds, the language model's calls and tokens, and steps until it succeeded.
+
+    Of what a mainline has become, branches count: steps are steps spent, seconds those of all segments. What a missing
+    or damaged log would say is None.
+    """
     saved = checkpoints_of(folder / "checkpoints")
     if not saved:
         return {}
     # What a mainline has become has only its last segment's metrics beside it.
-    logged = folder.parent if (folder.parent / ACCOUNT).exists() else folder
+    shaped = (folder.parent / ACCOUNT).exists()
+    logged = folder.parent if shaped else folder
     progress = load_checkpoint(saved[-1]).progress
     model = progress.get("model", {})
+    reached: dict[str, float | None] = {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": False}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        reached = _steps_to_success(logged / "metrics.jsonl", 0.9, max(50, read_run(folder).own_worlds))
+        if shaped and (step := reached["steps_to_tsr_90"]) is not None:
+            reached = _spent(logged / ACCOUNT, step)
     return {
-        "training_seconds": progress["seconds"],
+        "training_seconds": segments_seconds(logged) if shaped else progress["seconds"],
         "training_model_calls": model.get("calls", 0),
         "training_model_tokens": model.get("prompt_tokens", 0),
         "training_model_seconds": model.get("seconds", 0.0),
-        **_steps_to_success(logged / "metrics.jsonl", 0.9, max(50, read_run(folder).own_worlds)),
+        **reached,
     }
+
+
+def segments_seconds(folder: Path) -> float:
+    """Seconds of training of all segments that are done in a folder whose shaping grew with the run."""
+    runs = folder / "work" / "runs"
+    done = {path.parent.name: read_json(path, "result")["training_seconds"] for path in runs.glob("*/result.json")}
+    # A fork's seconds go on from its source's.
+    forks = [read_json(runs / name / FORK, "fork")["source"] for name in done if (runs / name / FORK).exists()]
+    return float(sum(done.values()) - sum(done[Path(source).name] for source in forks))
+
+
+def _spent(account: Path, step: float) -> dict[str, float | None]:
+    """The steps spent when a mainline had done so many; an upper bound where branches were tried meanwhile."""
+    for segment in reversed(read_json(account, "account")["segments"]):
+        if segment["from"] < step <= segment["to"]:
+            begin, end = segment["spent"]
+            alone = end - begin == segment["to"] - segment["from"]
+            spent = begin + step - segment["from"] if alone else end
+            return {"steps_to_tsr_90": float(spent), "steps_to_tsr_90_is_bound": not alone}
+    return {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": False}
 
 
 def _steps_to_success(metrics: Path, level: float, episodes: int) -> dict[str, float | None]:

@@ -39,10 +39,9 @@ from echelon.evaluation.protocol import (
     policy_file,
     read_policy,
 )
-from echelon.forking import FORK
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
-from echelon.runs import load_policy, steps_done, trained_folder
+from echelon.runs import FORK, load_policy, segments_seconds, steps_done, trained_folder
 from echelon.shaping import ShapingSettings, needs_model
 from echelon.studies.costs import Cost, estimate
 from echelon.studies.engine import kept_result
@@ -225,19 +224,10 @@ def _steps(segment: Path) -> int:
 
 
 def _work_done(folder: Path) -> tuple[int, float, float]:
-    """Of all segments that could be trained: their steps, and the seconds of training and of evaluating.
-
-    A fork's seconds go on from its source's.
-    """
-    runs = folder / "work" / "runs"
-    found = {path.parent.name: read_json(path, "result") for path in runs.glob("*/result.json")}
-    seconds = 0.0
-    for name, result in found.items():
-        seconds += result["training_seconds"]
-        if (fork := runs / name / FORK).exists():
-            seconds -= found[Path(read_json(fork, "fork")["source"]).name]["training_seconds"]
+    """Of all segments that could be trained: their steps, and the seconds of training and of evaluating."""
+    found = {path.parent: read_json(path, "result") for path in (folder / "work" / "runs").glob("*/result.json")}
     evaluating = sum(result["evaluation_seconds"] for result in found.values())
-    return sum(_steps(runs / name) for name in found), seconds, evaluating
+    return sum(map(_steps, found)), segments_seconds(folder), evaluating
 
 
 def _proposer_costs(account: dict[str, Any]) -> tuple[int, int]:

@@ -22,6 +22,9 @@ from echelon.training import Progress, Trainer
 
 __all__ = ["check_comparison", "check_name", "compare", "evaluate_run", "finished_evaluation"]
 
+# Files of runs that end in .json, also of those in studies.
+_TAKEN = {"account", "failed", "fork", "manifest", "progress", "protocol", "result", "results", "training", "versions"}
+
 WriteReplay = Callable[[Path, dict[str, Any]], object]
 
 
@@ -130,8 +133,8 @@ def check_name(name: str) -> None:
     """
     if not name.strip(".") or not name.isprintable() or set(name) & set("/\\"):
         raise EchelonError(f"the evaluation's name is {name!r}: it must be a file's name without folders")
-    if name == "versions":
-        raise EchelonError("the evaluation can't be called 'versions': the run's versions.json would be lost")
+    if name.lower() in _TAKEN:
+        raise EchelonError(f"the evaluation can't be called {name!r}: that is a file of the run's own")
 
 
 def check_comparison(runs: Sequence[RunConfig], out: Path) -> None:
@@ -143,6 +146,9 @@ def check_comparison(runs: Sequence[RunConfig], out: Path) -> None:
     """
     if not runs:
         raise EchelonError("no method to compare: name at least one")
+    for file, kind in (("study.toml", "study"), ("config.toml", "run")):
+        if (out / file).exists():
+            raise EchelonError(f"{out} holds a {kind}, whose files a comparison would write over: choose another --out")
     names = [run.method for run in runs]
     if len(set(names)) < len(names):
         raise EchelonError(f"each method can be compared once: {', '.join(names)}")

@@ -85,6 +85,8 @@ def run_study(
 
     After an error runs under way have 20 seconds to save a checkpoint; after a `KeyboardInterrupt` they haven't.
     """
+    if (folder / "config.toml").exists():
+        raise EchelonError(f"{folder} holds a run: choose another folder for the study")
     runs = study.runs()
     with only_writer(folder):
         remove_leftovers(folder)
