@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echelon.algorithms import MAREINFORCEConfig
 from echelon.algorithms.teams import team_algorithms
 from echelon.cli import main
 from echelon.errors import EchelonError
@@ -255,6 +256,14 @@ def test_a_bad_reward_can_be_lived_with(model: str, tmp_path: Path) -> None:
         (["--method", "magrpo", "--env", "writin"], "unknown environment of a team of language models 'writin'"),
         (["--method", "magrpo", "--rollout.grup", "2"], "did you mean --rollout.group?"),
         (["--method", "magrpo", "--rollout.group", "0"], "rollout.group is 0: it must be at least 1"),
+        (
+            ["--method", "magrpo", "--rollout.group", "1"],
+            "mode mean compares an agent's replies: there must be at least 2",
+        ),
+        (
+            ["--method", "ma-vdn", "--rollout.group", "1"],
+            "critic q compares an agent's replies: there must be at least 2",
+        ),
         (["--method", "magrpo", "--algorithm.discount", "2"], "algorithm.discount is 2.0: it must be 0 to 1"),
         (["--method", "magrpo", "--updates", "0"], "updates is 0: it must be at least 1"),
         (["--env", "writing", "--env.data", "none.txt"], "none.txt"),
@@ -269,6 +278,14 @@ def test_bad_flags_are_one_line(
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_one_reply_a_prompt_is_enough_for_what_compares_none() -> None:
+    one = TeamRolloutConfig(group=1)
+    for method in ("mareinforce", "iac", "maac"):
+        assert TeamRunConfig(method=method, rollout=one).rollout.group == 1
+    with pytest.raises(EchelonError, match="mode raw compares"):
+        TeamRunConfig(method="mareinforce", rollout=one, algorithm=MAREINFORCEConfig(normalize=True))
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path) -> None:
