@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from echelon.algorithms.mappo import MAPPOConfig
 from echelon.building import build_worlds, model_of
 from echelon.configs import RunConfig
+from echelon.console import results_rows
 from echelon.envs import WarehouseConfig
 from echelon.envs.repair import RepairConfig
 from echelon.envs.search import SearchConfig
 from echelon.errors import EchelonError
-from echelon.evaluation import EpisodeResults, evaluate, mean_interval, wilson
+from echelon.evaluation import EpisodeResults, evaluate, mean_interval, mean_with_interval, wilson
 from echelon.evaluation.episodes import evaluation_seed
 from echelon.evaluation.explain import explain_plan
 from echelon.evaluation.speed import env_speed, training_speed
@@ -112,9 +113,16 @@ def test_mean_interval_is_student_s() -> None:
     assert interval is not None
     half = 2.7764451 * math.sqrt(0.5)
     assert (interval.value, interval.low, interval.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-6)
-    single = mean_interval([7])
-    assert single is not None and (single.value, single.low, single.high) == (7, 7, 7)
-    assert mean_interval([]) is None
+    assert mean_with_interval([1, 2, 3, 4, 5]) == {"value": 3, "low": interval.low, "high": interval.high}
+
+
+def test_a_single_episode_has_no_interval() -> None:
+    assert mean_interval([7]) is None and mean_interval([]) is None
+    assert mean_with_interval([7]) == {"value": 7, "low": None, "high": None} and mean_with_interval([]) is None
+    one = EpisodeResults(np.array([True]), np.array([30]), np.array([2]), np.array([1.0]), 0.5, {})
+    summary = json.loads(json.dumps(one.summary(), allow_nan=False))
+    assert summary["steps_to_finish"] == {"value": 30, "low": None, "high": None}
+    assert results_rows({"flat": summary})[1][0][2:4] == ["30.0", "2.0"]
 
 
 # -- episodes ----------------------------------------------------------------------------------

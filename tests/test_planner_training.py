@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,20 @@ def test_a_crash_between_checkpoints_costs_what_came_after_the_last(model: str, 
         PlannerTrainer(config, tmp_path / "parts").run(strike)
     assert PlannerTrainer(config, tmp_path / "parts").run()
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_training_whose_checkpoints_are_gone_keeps_its_log(model: str, tmp_path: Path) -> None:
+    config = config_of(model, "none", imitation=3, lessons=1, iterations=0, checkpoint_every=2)
+    assert PlannerTrainer(config, tmp_path).run()
+    shutil.rmtree(tmp_path / "checkpoints")
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(EchelonError, match=r"the checkpoints of .* are gone"):
+        PlannerTrainer(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    # Killed before its first one was saved, it begins again.
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(log.splitlines(keepends=True)[:2]))
+    assert PlannerTrainer(config, tmp_path).run()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
 
 
 def test_other_settings_in_the_same_folder_are_refused(model: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echelon.algorithms import MAREINFORCEConfig
 from echelon.algorithms.teams import team_algorithms
 from echelon.cli import main
 from echelon.errors import EchelonError
@@ -255,6 +257,14 @@ def test_a_bad_reward_can_be_lived_with(model: str, tmp_path: Path) -> None:
         (["--method", "magrpo", "--env", "writin"], "unknown environment of a team of language models 'writin'"),
         (["--method", "magrpo", "--rollout.grup", "2"], "did you mean --rollout.group?"),
         (["--method", "magrpo", "--rollout.group", "0"], "rollout.group is 0: it must be at least 1"),
+        (
+            ["--method", "magrpo", "--rollout.group", "1"],
+            "mode mean compares an agent's replies: there must be at least 2",
+        ),
+        (
+            ["--method", "ma-vdn", "--rollout.group", "1"],
+            "critic q compares an agent's replies: there must be at least 2",
+        ),
         (["--method", "magrpo", "--algorithm.discount", "2"], "algorithm.discount is 2.0: it must be 0 to 1"),
         (["--method", "magrpo", "--updates", "0"], "updates is 0: it must be at least 1"),
         (["--env", "writing", "--env.data", "none.txt"], "none.txt"),
@@ -269,6 +279,41 @@ def test_bad_flags_are_one_line(
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_one_reply_a_prompt_is_enough_for_what_compares_none() -> None:
+    one = TeamRolloutConfig(group=1)
+    for method in ("mareinforce", "iac", "maac"):
+        assert TeamRunConfig(method=method, rollout=one).rollout.group == 1
+    with pytest.raises(EchelonError, match="mode raw compares"):
+        TeamRunConfig(method="mareinforce", rollout=one, algorithm=MAREINFORCEConfig(normalize=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_every": 0, "checkpoint_every": 1}])
+def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(model: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Resuming would begin it again over its logs: nothing is changed until they are moved away."""
+    run, whole = tmp_path / "run", config(model, **settings)
+    assert TeamTrainer(whole, run, task=make_task()).run()
+    made = told(run)
+    shutil.rmtree(run / "checkpoints")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(EchelonError, match=r"the checkpoints of .* are gone.* move its logs \(\*\.jsonl\) away"):
+        TeamTrainer.resume(run, task=make_task())
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    for log in run.glob("*.jsonl"):
+        log.rename(tmp_path / log.name)
+    assert TeamTrainer.resume(run, task=make_task()).run()
+    assert told(run) == made
+
+
+def test_a_run_killed_just_before_its_first_checkpoint_begins_again(model: str, tmp_path: Path) -> None:
+    whole, run = config(model, eval_every=0, checkpoint_every=1), tmp_path / "run"
+    assert TeamTrainer(whole, tmp_path / "whole", task=make_task()).run()
+    TeamTrainer(whole, run, task=make_task())
+    first = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (run / "metrics.jsonl").write_text(first)
+    assert TeamTrainer.resume(run, task=make_task()).run()
+    assert told(run) == told(tmp_path / "whole")
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path) -> None:

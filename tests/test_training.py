@@ -187,6 +187,35 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path: Path) 
     same(whole, tmp_path / "young")
 
 
+def test_a_run_killed_just_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    """Its log goes on to where the checkpoint was due, and half a line may follow."""
+    config = run_config()
+    whole = straight(config, tmp_path / "whole")
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for name, log in (("due", "".join(lines[:3])), ("half", "".join(lines[:2]) + lines[2][:9])):
+        Trainer(config, tmp_path / name)
+        (tmp_path / name / "metrics.jsonl").write_text(log)
+        finish(tmp_path / name)
+        same(whole, tmp_path / name)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(finished: Path, tmp_path: Path, empty: bool) -> None:
+    """Resuming would begin it again over its logs: one line, and nothing is changed until they are moved away."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    if empty:
+        (run / "checkpoints").mkdir()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(EchelonError, match=r"the checkpoints of .* are gone.* move its logs \(\*\.jsonl\) away"):
+        Trainer.resume(run)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    for log in run.glob("*.jsonl"):
+        log.rename(tmp_path / log.name)
+    finish(run)
+    same(finished, run)
+
+
 def test_a_finished_run_can_go_on_for_more_steps(tmp_path: Path) -> None:
     """Extended by `steps` it is the longer run, and the next resume knows of it; fewer steps are refused."""
     config = run_config()

@@ -23,6 +23,7 @@ __all__ = [
     "atomic_write_json",
     "atomic_write_text",
     "explain_os_error",
+    "lines_of",
     "only_writer",
     "read_json",
     "remove_leftovers",
@@ -202,6 +203,14 @@ class JsonLines:
         """Close the file."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a `JsonLines` file, the last one whole or not; none if there is no such file."""
+    try:
+        return path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from echelon._files import atomic_directory, atomic_write_json, explain_os_error, read_json, sha256_file
 from echelon.errors import EchelonError
 
-__all__ = ["FORMAT", "Checkpoint", "checkpoints_of", "load_checkpoint", "save_checkpoint"]
+__all__ = ["FORMAT", "Checkpoint", "checkpoints_of", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
 
 FORMAT = 1
 _PARTS = ("progress.json", "worlds.safetensors", "algorithm.safetensors")
@@ -68,6 +68,27 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: in
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first (none if there is no such folder); also damaged ones."""
     return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{12,}", p.name))
+
+
+def newest_checkpoint(folder: Path, *, saved_once: bool) -> Checkpoint | None:
+    """The newest checkpoint of a run; None if it was stopped before its first.
+
+    Args:
+        folder: the run's.
+        saved_once: whether its logs go on after its first checkpoint was due. Work is logged first and saved then, so
+            if there is none, they were removed; to begin the run again would erase those logs.
+
+    Raises:
+        EchelonError: its checkpoints are gone; or the newest is damaged, see `load_checkpoint`.
+    """
+    if saved := checkpoints_of(folder / "checkpoints"):
+        return load_checkpoint(saved[-1])
+    if saved_once:
+        raise EchelonError(
+            f"the checkpoints of {folder} are gone, and to begin it again would erase its logs: put them back, train "
+            f"in another folder, or move its logs (*.jsonl) away to begin again here"
+        )
+    return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

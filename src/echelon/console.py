@@ -167,8 +167,8 @@ def results_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
             [
                 name,
                 f"{tsr['value']:.3f} [{tsr['low']:.3f}, {tsr['high']:.3f}]",
-                "-" if steps is None else f"{steps['value']:.1f} ± {steps['high'] - steps['value']:.1f}",
-                f"{collisions['value']:.1f} ± {collisions['high'] - collisions['value']:.1f}",
+                "-" if steps is None else _mean(steps),
+                _mean(collisions),
                 "-"
                 if not result.get("steps_to_tsr_90")
                 else f"{'≤ ' * bool(result.get('steps_to_tsr_90_is_bound'))}{result['steps_to_tsr_90']:,.0f}",
@@ -179,6 +179,13 @@ def results_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
             ]
         )
     return header, rows
+
+
+def _mean(told: Mapping[str, float | None]) -> str:
+    """A mean and half the width of its interval, which that of a single episode doesn't have."""
+    value, high = told["value"], told["high"]
+    assert value is not None
+    return f"{value:.1f}" if high is None else f"{value:.1f} ± {high - value:.1f}"
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:

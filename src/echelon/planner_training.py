@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from echelon._files import JsonLines, atomic_write_text, only_writer, read_json, remove_leftovers
+from echelon._files import JsonLines, atomic_write_text, lines_of, only_writer, read_json, remove_leftovers
 from echelon.algorithms.decisions import Decisions
 from echelon.algorithms.himac import HiMAC, HiMACConfig
 from echelon.algorithms.hiper import HiPER, HiPERConfig, Turns
 from echelon.building import save_planner
-from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
+from echelon.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
 from echelon.envs import GridConfig, RepairConfig, SearchConfig, WarehouseConfig, env_name, make
 from echelon.errors import EchelonError
 from echelon.executors import PIBTExecutor
@@ -175,16 +175,18 @@ class PlannerTrainer:
         """Prepare it, or go on with what `folder` holds.
 
         Raises:
-            EchelonError: the folder holds another training, a damaged one, or the model can't be used.
+            EchelonError: the folder holds another training, a damaged one or one without its checkpoints, or the model
+                can't be used.
         """
         self.config, self.folder = config, folder
         identity = json.dumps(dataclasses.asdict(dataclasses.replace(config, threads=None)), sort_keys=True)
-        saved = checkpoints_of(folder / "checkpoints")
         if (folder / "training.json").exists():
             before = read_json(folder / "training.json", "planner training")
             if json.dumps(before.get("config"), sort_keys=True) != identity:
                 raise EchelonError(f"{folder} holds a training with other settings: choose another --out")
-        checkpoint = load_checkpoint(saved[-1]) if saved else None
+        done = len(lines_of(folder / "metrics.jsonl"))
+        # It saves one after imitation too.
+        checkpoint = newest_checkpoint(folder, saved_once=done > min(config.checkpoint_every, config.imitation))
         shared = PromptTemplate.from_file(LEARNED_PROMPTS / TEMPLATES[0]).render()
         # Under torchrun only the leader comes back from here.
         self.policy = shared_policy(

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import json
 import math
 import platform
 import sys
@@ -29,11 +30,12 @@ from echelon._files import (
     atomic_write_json,
     atomic_write_text,
     explain_os_error,
+    lines_of,
     only_writer,
     remove_leftovers,
 )
 from echelon.building import STUDENT, save_planner, spent_by
-from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
+from echelon.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
 from echelon.coevolution import GrowingRollouts
 from echelon.configs import RunConfig, from_toml, to_toml
 from echelon.errors import EchelonError
@@ -125,18 +127,17 @@ class Trainer:
             steps: train up to so many steps instead of what the run was started with.
 
         Raises:
-            EchelonError: no run there, damaged files, or more steps done than asked for.
+            EchelonError: no run there, damaged files, checkpoints that are gone, or more steps done than asked for.
         """
         config = read_run(folder)
         extended = steps is not None and steps != config.steps
         if steps is not None:
             config = dataclasses.replace(config, steps=steps)
+        # Read before anything is built: a damaged one must not cost a model's loading time.
+        checkpoint = newest_checkpoint(folder, saved_once=_logged(folder) >= config.checkpoint_every)
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
         trainer = cls.__new__(cls)
-        saved = checkpoints_of(folder / "checkpoints")
-        # Read before anything is built: a damaged one must not cost a model's loading time.
-        checkpoint = load_checkpoint(saved[-1]) if saved else None
         trainer._build(config, folder)
         if checkpoint is None:
             trainer._start()
@@ -345,6 +346,14 @@ class Trainer:
         if checkpoint.worlds:
             self.worlds.load_state_dict(checkpoint.worlds)
             self._started = True
+
+
+def _logged(folder: Path) -> int:
+    """The steps in the last line of `metrics.jsonl` but one; 0 where no run wrote it."""
+    try:
+        return int(json.loads(lines_of(folder / "metrics.jsonl")[-2])["step"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return 0
 
 
 def _require_free(folder: Path) -> None:

@@ -67,6 +67,11 @@ class CriticConfig(TeamConfig):
             ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
         )
 
+    @property
+    def compares(self) -> str | None:
+        """As `TeamConfig`'s: a critic q."""
+        return "critic q" if self.critic == "q" else None
+
 
 class Critic:
     """One value of each row of features: two hidden layers, Adam, and targets normalised by `ValueNorm`."""
@@ -155,8 +160,7 @@ class CriticLearner(TeamLearner):
             EchelonError: a critic q, and no replies to compare.
         """
         batch = super().flatten(roots)
-        if batch.group < 2 and self.config.critic == "q":
-            raise EchelonError("critic q compares an agent's replies: there must be at least 2 to a prompt")
+        self.config.check_group(batch.group)
         return batch
 
     def prompts(self, batch: TeamBatch) -> list[Array32]:

@@ -95,6 +95,20 @@ class TeamConfig:
             ("entropy", self.entropy >= 0, "at least 0"),
         )
 
+    @property
+    def compares(self) -> str | None:
+        """Which setting makes it compare an agent's replies to one prompt, in words; None: it doesn't."""
+        return None
+
+    def check_group(self, group: int) -> None:
+        """Refuse a number of replies to each prompt with which nothing can be learnt.
+
+        Raises:
+            EchelonError: one reply a prompt, and an algorithm that compares replies.
+        """
+        if group < 2 and self.compares:
+            raise EchelonError(f"{self.compares} compares an agent's replies: there must be at least 2 to a prompt")
+
     def _check(self, *rules: tuple[str, bool, str]) -> None:
         for name, good, need in rules:
             if not good:
@@ -123,6 +137,11 @@ class GroupConfig(TeamConfig):
             ("mode", self.mode in ("mean", "raw", "max", "rloo"), "mean, raw, max or rloo"),
             ("kl_in", self.kl_in in ("loss", "return"), "loss or return"),
         )
+
+    @property
+    def compares(self) -> str | None:
+        """As `TeamConfig`'s: its mode."""
+        return f"mode {self.mode}" if self.mode != "raw" or self.normalize else None
 
 
 # -- trees as arrays -------------------------------------------------------------------------------
@@ -447,8 +466,7 @@ class GroupLearner(TeamLearner):
         """
         c, agents = self.config, len(self.policies)
         batch = self.flatten(roots)
-        if batch.group < 2 and (c.mode != "raw" or c.normalize):
-            raise EchelonError(f"mode {c.mode} compares an agent's replies: there must be at least 2 to a prompt")
+        c.check_group(batch.group)
         grid = batch.returns.reshape(len(batch), *batch.shape)
         # By node and agent, (M, N, G).
         scores = np.stack([team_advantages(own, mode="raw", joint=c.joint, agents=agents) for own in grid])

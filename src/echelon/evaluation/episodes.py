@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from echelon.building import build_executor, build_worlds, spent_by, use_threads
 from echelon.configs import RunConfig
 from echelon.evaluation.recording import Recorder
-from echelon.evaluation.statistics import mean_interval, wilson
+from echelon.evaluation.statistics import mean_with_interval, wilson
 from echelon.planners.base import ModelPlanner
 from echelon.rng import spawn_keys
 from echelon.rollout import PlanTrace, TeamWorlds, first_episodes
@@ -54,13 +54,11 @@ class EpisodeResults:
     def summary(self) -> dict[str, Any]:
         """The numbers that a table shows: TSR with Wilson's 95% interval, means with Student's; JSON-able."""
         tsr = wilson(int(self.success.sum()), len(self.success))
-        steps = mean_interval(self.steps[self.success])
-        collisions = mean_interval(self.collisions)
         return {
             "episodes": len(self.success),
             "tsr": asdict(tsr),
-            "steps_to_finish": None if steps is None else asdict(steps),
-            "collisions": None if collisions is None else asdict(collisions),
+            "steps_to_finish": mean_with_interval(self.steps[self.success]),
+            "collisions": mean_with_interval(self.collisions),
             "task_return": float(self.task_return.mean()),
             "seconds": round(self.seconds, 3),
             "plans": self.plans,

@@ -24,7 +24,6 @@ from echelon.building import settled
 from echelon.configs import RunConfig, read_toml, to_toml
 from echelon.errors import EchelonError
 from echelon.evaluation.episodes import EpisodeResults, evaluate
-from echelon.evaluation.statistics import mean_interval
 from echelon.methods import method
 from echelon.runs import run_costs
 from echelon.training import Trainer
@@ -254,13 +253,13 @@ class _Judge:
         result = self._play(policy, self.protocol.episodes, 0, 0)
         if result is None:
             return False
-        finished = mean_interval(result.steps[result.success])
+        finished = result.steps[result.success]
         entry = {
             "step": step,
             "episodes": len(result.success),
             "success": int(result.success.sum()),
             "tsr": float(result.success.mean()),
-            "steps_to_finish": None if finished is None else finished.value,
+            "steps_to_finish": float(finished.mean()) if len(finished) else None,
             "collisions": float(result.collisions.mean()),
             "task_return": float(result.task_return.mean()),
         }

@@ -25,6 +25,7 @@ __all__ = [
     "iqm",
     "mean_interval",
     "mean_score",
+    "mean_with_interval",
     "median_score",
     "optimality_gap",
     "performance_profile",
@@ -80,15 +81,22 @@ def difference_of_rates(
 
 
 def mean_interval(values: ArrayLike | Sequence[float], *, confidence: float = 0.95) -> Interval | None:
-    """The mean with Student's t interval; None without values, of zero width for a single one."""
+    """The mean with Student's t interval; None for fewer than two values, which have none."""
+    x = np.asarray(values, np.float64)
+    if x.size < 2:
+        return None
+    mean = float(x.mean())
+    half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
+    return Interval(mean, mean - half, mean + half)
+
+
+def mean_with_interval(values: ArrayLike | Sequence[float]) -> dict[str, float | None] | None:
+    """`value`, `low` and `high` of `mean_interval`, for a file: a single value has null ends. None without values."""
     x = np.asarray(values, np.float64)
     if x.size == 0:
         return None
-    mean = float(x.mean())
-    if x.size == 1:
-        return Interval(mean, mean, mean)
-    half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
-    return Interval(mean, mean - half, mean + half)
+    found = mean_interval(x)
+    return {"value": float(x.mean()), "low": None, "high": None} if found is None else dict(vars(found))
 
 
 def wider(a: Interval, b: Interval) -> Interval:

@@ -27,8 +27,8 @@ from echelon.evaluation.statistics import (
     Interval,
     difference_of_means,
     iqm,
-    mean_interval,
     mean_score,
+    mean_with_interval,
     median_score,
     optimality_gap,
     performance_profile,
@@ -162,12 +162,10 @@ def _json(interval: Interval | None) -> Json | None:
 
 def _over_runs(values: Sequence[float | np.floating[Any]]) -> Json | None:
     """The mean over runs of what can't be negative, with Student's interval; one run has none."""
-    interval = mean_interval([float(v) for v in values])
-    if interval is None:
-        return None
-    return {"value": interval.value} | (
-        {"low": max(0.0, interval.low), "high": interval.high} if len(values) > 1 else {"low": None, "high": None}
-    )
+    told = mean_with_interval([float(v) for v in values])
+    if told is not None and told["low"] is not None:
+        told["low"] = max(0.0, told["low"])
+    return told
 
 
 # Cells: one method in one place ----------------------------------------------------------------------------------

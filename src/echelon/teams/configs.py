@@ -114,6 +114,7 @@ class TeamRunConfig:
         ):  # fmt: skip
             if not good:
                 raise EchelonError(f"{name} is {operator.attrgetter(name)(self)}: it must be {need}")
+        self.algorithm.check_group(self.rollout.group)
 
 
 def team_to_toml(config: TeamRunConfig) -> str:

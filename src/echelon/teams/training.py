@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echelon._files import JsonLines, atomic_write_json, atomic_write_text, only_writer, remove_leftovers
+from echelon._files import JsonLines, atomic_write_json, atomic_write_text, lines_of, only_writer, remove_leftovers
 from echelon.algorithms.decisions import learn
 from echelon.algorithms.teams import TeamAlgorithm, team_algorithms
-from echelon.checkpoints import Checkpoint, checkpoints_of, load_checkpoint, save_checkpoint
+from echelon.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
 from echelon.errors import EchelonError
 from echelon.llm.teams import load_team, load_team_state, save_team, team_state
 from echelon.llm.token_policy import TokenPolicy, TokenSample
@@ -134,17 +134,20 @@ class TeamTrainer:
             updates: train up to so many instead of what the run was started with.
 
         Raises:
-            EchelonError: no run there, damaged files, or more updates done than asked for.
+            EchelonError: no run there, damaged files, checkpoints that are gone, or more updates done than asked for.
         """
         if not (folder / "config.toml").exists():
             raise EchelonError(f"{folder} is no run: it has no config.toml")
         config = read_team_toml(folder / "config.toml")
         if updates is not None:
             config = dataclasses.replace(config, updates=updates)
+        imitated, learnt, judged = (len(lines_of(folder / f"{name}.jsonl"))
+                                    for name in ("imitation", "metrics", "evaluations"))  # fmt: skip
+        # It saves one at update 0 too, after the evaluation there.
+        due = 0 if judged and not config.imitation else config.checkpoint_every
+        checkpoint = newest_checkpoint(folder, saved_once=imitated + learnt > due)
         for place in (folder, folder / "checkpoints"):
             remove_leftovers(place)
-        saved = checkpoints_of(folder / "checkpoints")
-        checkpoint = load_checkpoint(saved[-1]) if saved else None
         trainer = cls.__new__(cls)
         trainer._build(config, folder, task)
         if checkpoint is not None:
