@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -184,6 +185,14 @@ MISTAKES = {
     "no-run-named": (["evaluate"], "needs a run's folder first"),
     "resume": (["train", "--resume", "nowhere"], "nowhere is no run"),
     "replay": (["replay", "nothing.json"], "nothing.json: No such file"),
+    "replay-no-run": (["replay", "."], ". is no run: it has no config.toml"),
+    "empty-out": (["train", "--method", "rule-goals", "--out", ""], "--out is empty"),
+    "empty-out-joined": (["compare", "--methods", "rule-goals", "--out="], "--out is empty"),
+    "empty-out-replay": (["replay", ".", "--out", ""], "--out is empty"),
+    "empty-out-team": (["train", "--method", "magrpo", "--out", ""], "--out is empty"),
+    "empty-out-also": (["train", "--method", "also", "--out", ""], "--out is empty"),
+    "empty-out-planner": (["train-planner", "--out", ""], "--out is empty"),
+    "empty-out-study": (["reproduce", "--out", ""], "--out is empty"),
     "models-action": (["models", "lst"], "unknown models action 'lst': did you mean 'list'?"),
     "models-name": (["models", "fetch", "gpt"], "unknown model 'gpt'"),
     "models-remove": (["models", "remove", "smollm2-135m-echelon"], "is a part of Echelon"),
@@ -603,7 +612,7 @@ def test_without_a_network_the_first_use_of_a_model_is_one_line(capsys: pytest.C
 
 def surroundings() -> dict[str, str]:
     """A user's environment variables, whatever those of the tests are."""
-    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path(echelon.__file__).parents[1])}
+    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONPATH": str(Path(echelon.__file__).parents[1])}
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | own
 
 
@@ -634,17 +643,19 @@ LONG = ["--method", "rule-goals", *WORLD, *LEARN, "--eval-episodes", "2"]
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(number: int, status: int, place: Path) -> None:
     """Ctrl-C or SIGTERM in the middle of training: the work is saved; resumed, the run is as never stopped."""
-    process = start("train", *LONG, "--steps", "6400000", "--out", "run")
-    until(lambda: lines_of(Path("run/metrics.jsonl")) >= 3)
+    # A folder whose name a shell would split, and rich would wrap, in a log.
+    name = "run" if number == signal.SIGINT else f"stop ü 中 {'x' * 90}"
+    process = start("train", *LONG, "--steps", "6400000", "--out", name)
+    until(lambda: lines_of(Path(name) / "metrics.jsonl") >= 3)
     process.send_signal(number)
     _, err = process.communicate(timeout=240)
     assert process.returncode == status
     assert "Traceback" not in err and "stopping at the next safe point (again: at once)" in err
-    step = int(
-        re.search(r"stopped at step ([\d,]+); go on with: echelon train --resume run\n", err)[1].replace(",", "")
-    )
-    (saved,) = checkpoints_of(Path("run/checkpoints"))
-    assert load_checkpoint(saved).progress["step"] == step and lines_of(Path("run/metrics.jsonl")) == step // 64
+    found = re.search(r"stopped at step ([\d,]+); go on with: (.*)\n", err)
+    assert found is not None and shlex.split(found[2]) == ["echelon", "train", "--resume", name]
+    step = int(found[1].replace(",", ""))
+    (saved,) = checkpoints_of(Path(name) / "checkpoints")
+    assert load_checkpoint(saved).progress["step"] == step and lines_of(Path(name) / "metrics.jsonl") == step // 64
     if number == signal.SIGINT:
         # As a run that was always meant to be so long, and never stopped.
         config = Path("run/config.toml")

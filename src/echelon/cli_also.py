@@ -90,7 +90,7 @@ def _values(args: list[str], flag: str) -> list[str]:
 def train_also(args: list[str]) -> int:
     """`echelon train --method also --base qmix --env search …`."""
     from echelon.also import AlsoTrainer
-    from echelon.console import Stopper, Watch, console, evaluate_trained
+    from echelon.console import Stopper, Watch, console, evaluate_trained, resuming
     from echelon.reports.account import write_account
     from echelon.runs import read_run
 
@@ -128,7 +128,7 @@ def train_also(args: list[str]) -> int:
                 record=flags.replay_episodes,
             )  # fmt: skip
     if stopper():
-        console.print(f"stopped; go on with: echelon train --resume {folder}")
+        console.print(f"stopped; go on with: {resuming(folder)}")
         return 128 + stopper.signal
     console.print(f"account of diagnoses, proposals, branches and verdicts: {page}")
     console.print(f"run folder: {folder} (what was trained: {folder / 'main'})")

@@ -214,7 +214,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     if stopper() and "pending" in states:
         done = states.count("finished")
         left = f"stopped with {done} of {len(states)} runs finished"
-        console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
+        console.print(f"{left}; the same command goes on: {command}")
         return 128 + stopper.signal
     analysis = analyse(results)
     _summary(analysis, results)
@@ -222,7 +222,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     print(_write(results, analysis, folder, replays=replays_of(study, folder), accounts=accounts))
     if "pending" in states:
         left = f"{states.count('pending')} of {len(states)} runs are not done"
-        console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
+        console.print(f"{left}; the same command goes on: {command}")
     return 0 if set(states) == {"finished"} else 1
 
 

@@ -83,7 +83,7 @@ class _TrainFlags:
 
 def train_team(args: list[str]) -> int:
     """`echelon train --method magrpo --env writing …`."""
-    from echelon.console import Stopper, Watch, console
+    from echelon.console import Stopper, Watch, console, resuming
     from echelon.reports.dialogues import write_dialogues
     from echelon.teams.training import TeamProgress, TeamTrainer
 
@@ -120,7 +120,7 @@ def train_team(args: list[str]) -> int:
         watch.end(run.method)
     page = write_dialogues(folder)
     if not finished:
-        console.print(f"stopped at update {trainer.update}; go on with: echelon train --resume {folder}")
+        console.print(f"stopped at update {trainer.update}; go on with: {resuming(folder)}")
         return 128 + stopper.signal
     if trainer.evaluation is not None and "return" in trainer.evaluation:
         console.print(f"return on items kept for evaluation: {trainer.evaluation['return']:.3f}")

@@ -57,6 +57,8 @@ C = TypeVar("C")
 
 def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
     """Parse flags into a dataclass; what tyro has to say against them becomes one line."""
+    if peek(args, "--out") == "":
+        raise EchelonError("--out is empty: it must name a folder or file to write")
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -165,7 +167,7 @@ def take(args: list[str], flag: str) -> str | None:
     return None
 
 
-def peek(args: list[str], flag: str) -> str | None:
+def peek(args: Sequence[str], flag: str) -> str | None:
     """What `flag VALUE` (or `flag=VALUE`) says last; `args` stay as they are."""
     found = None
     for i, arg in enumerate(args):
