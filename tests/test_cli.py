@@ -153,6 +153,8 @@ MISTAKES = {
     "stray": (["train", "extra"], "Unrecognized options: extra (echelon train --help)"),
     "no-number": (["train", "--steps", "many"], "many"),
     "method": (["train", "--method", "l2m"], "unknown method 'l2m': did you mean 'l2m2'?"),
+    "method-of-a-team": (["train", "--method", "magrp"], "unknown method 'magrp': did you mean 'magrpo'?"),
+    "method-resumed": (["train", "--resume", "run", "--method", "also"], "--method can't be given with it"),
     "env": (["train", "--env", "warehose"], "unknown environment 'warehose': did you mean 'warehouse'?"),
     "env-without-name": (["train", "--env"], "--env needs a value"),
     "planner": (["train", "--planner", "hungarain", "--method", "rule-goals"], "did you mean 'hungarian'?"),
@@ -204,6 +206,9 @@ MISTAKES = {
     "check-env-flag": (["check-env", "search", "--env.num-packages", "4"], "Unrecognized options: --env.num-packages"),
     "plan-nowhere": (["plan", "nowhere"], "nowhere is no run"),
     "bench": (["bench", "--updates", "0"], "--updates is 0"),
+    "plan-team": (["plan", "--method", "magrpo"], "magrpo has a trainer of its own, echelon train --method magrpo"),
+    "plan-also": (["plan", "--method", "also"], "also has a trainer of its own, echelon train --method also"),
+    "bench-also": (["bench", "--method", "also"], "echelon bench is for other methods"),
     "plan-flat": (["plan", "--method", "flat-mappo"], "has no planner"),
     "memory": (["train", "--method", "rule-goals", "--num-envs", "100000000000"], "memory"),
 }
@@ -222,6 +227,22 @@ def test_a_map_whose_tasks_can_not_be_reached_is_one_line(place: Path, capsys: p
     Path("cut.map").write_text("type octile\nheight 8\nwidth 8\nmap\n" + "\n".join(rows) + "\n")
     line = complaint(["train", "--method", "rule-goals", *TINY, "--env.map", "cut.map"], capsys)
     assert "the cell 'P' at row 1, column 7 can't be reached" in line
+
+
+def test_a_run_of_another_kind_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """A team has no planner, a run with branches is nothing without its account: neither's method is unknown."""
+    for name, environment in (("magrpo", "writing"), ("magrpo", "warehouse"), ("also", "search")):
+        folder = Path(f"{name}-{environment}")
+        folder.mkdir()
+        (folder / "config.toml").write_text(f'environment = "{environment}"\nmethod = "{name}"\n')
+        line = complaint(["plan", str(folder)], capsys)
+        config = complaint(["plan", "--config", str(folder / "config.toml")], capsys)
+        assert f"{name} has a trainer of its own" in config
+        if name == "also":
+            assert "its account.json is missing" in line
+            assert line == complaint(["evaluate", str(folder)], capsys)
+        else:
+            assert f"{folder} is a run of a team of language models (magrpo), which has no planner" in line
 
 
 def test_an_unknown_key_in_a_config_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,6 +253,8 @@ def test_a_bad_reward_can_be_lived_with(model: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--method", "magrpo", "--env", "writin"], "unknown environment of a team of language models 'writin'"),
+        (["--method", "magrpo", "--env", "writng"], "known are coding, search, warehouse, writing\n"),
+        (["--method", "magrpo", "--env", "own"], "unknown environment of a team of language models 'own'"),
         (["--method", "magrpo", "--rollout.grup", "2"], "did you mean --rollout.group?"),
         (["--method", "magrpo", "--rollout.group", "0"], "rollout.group is 0: it must be at least 1"),
         (["--method", "magrpo", "--algorithm.discount", "2"], "algorithm.discount is 2.0: it must be 0 to 1"),

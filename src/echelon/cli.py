@@ -138,6 +138,8 @@ def _train(args: list[str]) -> int:
     from echelon.runs import read_run
     from echelon.training import Trainer
 
+    if peek(args, "--resume") is not None and peek(args, "--method") is not None:
+        refuse_beside_resume({"--method"})
     _require_one_kind(args)
     if cli_teams.trains_a_team(args):
         return cli_teams.train_team(args)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from echelon.algorithms.teams import team_algorithms
 from echelon.also.configs import ALSO_METHODS, AlsoConfig, also_from_toml, read_also_toml
 from echelon.configs import read_toml_file
 from echelon.envs import env_name, environments
@@ -33,7 +34,7 @@ def trains_also(args: list[str]) -> bool:
         return is_also_run(Path(resumed))
     if wanted is not None:
         if wanted not in ALSO_METHODS and wanted not in methods():
-            raise unknown_name("method", wanted, [*methods(), *ALSO_METHODS])
+            raise unknown_name("method", wanted, [*methods(), *ALSO_METHODS, *team_algorithms()])
         return wanted in ALSO_METHODS
     return file is not None and _is_also_config(Path(file))
 

@@ -14,7 +14,7 @@ from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
 from echelon.flags import given_flags, parse, peek, refuse_beside_resume, run_and_own, take
-from echelon.tasks import task_name, tasks
+from echelon.tasks import TaskSettings, task_name, tasks
 from echelon.teams.configs import TeamRunConfig, read_team_toml, team_from_toml
 
 __all__ = ["evaluate_team", "is_team_run", "train_team", "trains_a_team"]
@@ -31,7 +31,12 @@ def trains_a_team(args: list[str]) -> bool:
         return True
     if file is not None:
         return wanted is None and _is_team_config(Path(file))
-    return peek(args, "--env") in tasks().keys() - environments().keys()
+    return peek(args, "--env") in _tasks().keys() - environments().keys()
+
+
+def _tasks() -> dict[str, type[TaskSettings]]:
+    """The tasks that a command can train on: all but the one that stands for an object of Python's."""
+    return {name: settings for name, settings in tasks().items() if name != "own"}
 
 
 def is_team_run(folder: Path) -> bool:
@@ -47,7 +52,7 @@ def team_flags(
     command: str, args: list[str], extra: type[T], *, base: TeamRunConfig | None = None
 ) -> tuple[TeamRunConfig, T]:
     """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`)."""
-    file, name, known = take(args, "--config"), take(args, "--env"), tasks()
+    file, name, known = take(args, "--config"), take(args, "--env"), _tasks()
     if name is not None and name not in known:
         raise unknown_name("environment of a team of language models", name, known)
     if file is not None:
@@ -64,7 +69,7 @@ def team_flags(
             raise unknown_name("method of a team of language models", wanted, team_algorithms())
         base = dataclasses.replace(base, method=wanted, algorithm=cast(Any, None))
     note = (
-        f"--env NAME picks the task ({', '.join(n for n in known if n != 'own')}), --config FILE reads a run's "
+        f"--env NAME picks the task ({', '.join(known)}), --config FILE reads a run's "
         f"config.toml first; other flags go over it. Methods: {', '.join(team_algorithms())}."
     )
     tables = {"env": type(env), "algorithm": type(base.algorithm)}
