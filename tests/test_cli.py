@@ -26,7 +26,7 @@ from rich.console import Console
 
 import echelon
 import echelon.flags
-from echelon import building
+from echelon import building, cli_studies
 from echelon.algorithms import MAPPOConfig
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.cli import main
@@ -34,6 +34,7 @@ from echelon.configs import RunConfig, read_toml
 from echelon.console import Watch, results_rows
 from echelon.evaluation.speed import env_speed
 from echelon.reports.replay import load_replay
+from echelon.studies.engine import Matrix
 from echelon.training import Progress
 from tiny_model import make_tiny_model
 
@@ -783,6 +784,25 @@ def test_on_a_terminal_there_is_a_live_display(monkeypatch: pytest.MonkeyPatch) 
         watch.end("l2m2")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     assert re.search(r"l2m2 .* 25%\s+1,234 steps/s +TSR - +\[step 25% update 75%\]", text)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_studys_progress_is_counted_once(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many runs are done stands there once, on a terminal and in a log."""
+    now, shown = [0.0], io.StringIO()
+    monkeypatch.setattr("echelon.console.time.monotonic", lambda: now[0])
+    own = Console(file=shown, force_terminal=live, width=160, color_system=None)
+    monkeypatch.setattr("echelon.console.console", own)
+    matrix = Matrix(28, 6, {"x": "why"}, {"a-1": None, "b-2": None})
+    with Watch() as watch:
+        now[0] = 61.0
+        watch.show("quick", 7, 28, cli_studies._words(matrix), counted=True)
+        if live:
+            watch._bars.refresh()
+        watch.end("quick")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert re.search(r"quick.* 7 of 28 runs, 2 running, 1 failed\s", text)
+    assert live or text == "quick: 7 of 28 runs, 2 running, 1 failed\n"
 
 
 def test_a_narrow_terminal_shows_speed_success_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echelon import cli_teams
 from echelon.algorithms.teams import team_algorithms
 from echelon.cli import main
 from echelon.errors import EchelonError
@@ -24,7 +25,7 @@ from echelon.llm.token_policy import TokenPolicy
 from echelon.tasks import FunctionTask, TeamTask
 from echelon.teams.configs import TeamPolicyConfig, TeamRunConfig, read_team_toml, team_to_toml
 from echelon.teams.rollouts import TeamRolloutConfig, grow, play
-from echelon.teams.training import TeamTrainer
+from echelon.teams.training import TeamProgress, TeamTrainer
 from tiny_model import make_tiny_model
 
 LETTERS = "abcdef"
@@ -271,6 +272,13 @@ def test_bad_flags_are_one_line(
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_progress_line_says_only_what_there_is() -> None:
+    first = TeamProgress(0, 1, {}, {"return": -6.8}, {})
+    assert cli_teams._words(first) == "updates, evaluated -6.800"
+    later = TeamProgress(1, 1, {"reward": 0.5}, None, {"sample": 0.75, "learn": 0.25})
+    assert cli_teams._words(later) == "updates, reward 0.500 [sample 75% learn 25%]"
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path) -> None:

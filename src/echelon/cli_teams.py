@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from echelon.algorithms.teams import team_algorithms
 from echelon.configs import read_toml_file
@@ -16,6 +16,9 @@ from echelon.fetching import ensure_local
 from echelon.flags import given_flags, parse, peek, refuse_beside_resume, run_and_own, take
 from echelon.tasks import TaskSettings, task_name, tasks
 from echelon.teams.configs import TeamRunConfig, read_team_toml, team_from_toml
+
+if TYPE_CHECKING:
+    from echelon.teams.training import TeamProgress
 
 __all__ = ["evaluate_team", "is_team_run", "train_team", "trains_a_team"]
 
@@ -90,7 +93,7 @@ def train_team(args: list[str]) -> int:
     """`echelon train --method magrpo --env writing …`."""
     from echelon.console import Stopper, Watch, console, resuming
     from echelon.reports.dialogues import write_dialogues
-    from echelon.teams.training import TeamProgress, TeamTrainer
+    from echelon.teams.training import TeamTrainer
 
     given = given_flags(args)
     resumed = peek(args, "--resume")
@@ -116,10 +119,7 @@ def train_team(args: list[str]) -> int:
                 watch.show("imitation", done, total, f"updates, loss {p.metrics['loss']:.3f}")
                 return
             watch.end("imitation")
-            where = " ".join(f"{stage} {share:.0%}" for stage, share in p.shares.items())
-            judged = "" if p.evaluation is None else f", evaluated {p.evaluation.get('return', float('nan')):.3f}"
-            reward = f"reward {p.metrics['reward']:.3f}" if "reward" in p.metrics else ""
-            watch.show(run.method, p.update, p.updates, f"updates, {reward}{judged} [{where}]")
+            watch.show(run.method, p.update, p.updates, _words(p))
 
         finished = trainer.run(told, stopper)
         watch.end(run.method)
@@ -132,6 +132,17 @@ def train_team(args: list[str]) -> int:
     console.print(f"dialogues: {page}")
     console.print(f"run folder: {folder}")
     return 0
+
+
+def _words(p: TeamProgress) -> str:
+    """What a progress line says after the number of updates: before the first one there is no reward yet."""
+    parts = ["updates"]
+    if "reward" in p.metrics:
+        parts.append(f"reward {p.metrics['reward']:.3f}")
+    if p.evaluation is not None:
+        parts.append(f"evaluated {p.evaluation.get('return', float('nan')):.3f}")
+    where = " ".join(f"{stage} {share:.0%}" for stage, share in p.shares.items())
+    return ", ".join(parts) + (f" [{where}]" if where else "")
 
 
 def _default_folder(run: TeamRunConfig) -> Path:

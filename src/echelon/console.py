@@ -101,12 +101,13 @@ class Watch:
         if self._live:
             self._bars.stop()
 
-    def show(self, what: str, done: float, total: float, info: str = "") -> None:
-        """Show that `done` of `total` of `what` is done."""
+    def show(self, what: str, done: float, total: float, info: str = "", *, counted: bool = False) -> None:
+        """Show that `done` of `total` of `what` is done; `counted`: with these numbers beside the bar, too."""
         if self._live:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total, info=info)
-            self._bars.update(self._tasks[what], completed=done, total=total, info=info)
+            words = f"{done:,.0f} of {total:,.0f} {info}" if counted else info
+            self._bars.update(self._tasks[what], completed=done, total=total, info=words)
         elif done < total and time.monotonic() - self._told >= _PLAIN_EVERY:
             self._told = time.monotonic()
             console.print(f"{what}: {done:,.0f} of {total:,.0f} {info}".rstrip())
