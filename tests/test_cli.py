@@ -161,6 +161,14 @@ MISTAKES = {
     "planner": (["train", "--planner", "hungarain", "--method", "rule-goals"], "did you mean 'hungarian'?"),
     "planner-like-a-model": (["train", "--planner", "llm-x", "--method", "rule-goals"], "unknown planner 'llm-x'"),
     "model": (["train", "--model", "smollm2"], "unknown model 'smollm2': did you mean 'smollm2-135m'?"),
+    "models-there-are": (
+        ["train", "--model", "smollm2"],
+        "known are gguf:<file>, hf:<folder>, hf:<org>/<name>, openai:<model>, smollm2-135m, smollm2-135m-echelon",
+    ),
+    "models-that-learn": (
+        ["train", "--method", "hiper", "--model", "smollm2"],
+        "known are hf:<folder>, hf:<org>/<name>, smollm2-135m, smollm2-135m-echelon",
+    ),
     "planner-model": (["train", "--planner", "llm:smollm"], "unknown model 'smollm'"),
     "model-folder": (["train", "--model", "hf:nowhere"], "no folder nowhere"),
     "cheap-planner": (["train", "--cheap-planner", "neerest"], "did you mean 'nearest'?"),
