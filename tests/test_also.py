@@ -1180,11 +1180,13 @@ def test_a_file_that_registers_is_imported_however_it_is_given(
     monkeypatch.setattr(echelon.envs, "_REGISTRY", dict(echelon.envs._REGISTRY))
     Path("own.py").write_text(
         "from echelon.envs import Warehouse, WarehouseConfig, register\n"
+        "class OwnConfig(WarehouseConfig):\n    pass\n"
         "class Own(Warehouse):\n    name = 'own'\n"
-        "register(WarehouseConfig, Own)\n"
+        "register(OwnConfig, Own)\n"
     )
     assert main(["train", "--method", "also", "--imports=own.py", "--env", "own"]) == 2
-    assert "unknown environment" not in capsys.readouterr().err  # it is known; terms it has none
+    err = capsys.readouterr().err
+    assert "environment 'own' has no potential terms" in err  # it is known
     Path("ends.py").write_text("import sys\nsys.exit(3)\n")
     assert main(["train", "--method", "also", "--imports", "ends.py"]) == 2
     assert "imports: ends.py fails: SystemExit: 3" in capsys.readouterr().err

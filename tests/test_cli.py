@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from rich.console import Console
 
 import echelon
 import echelon.flags
-from echelon import building
+from echelon import building, cli_studies
 from echelon.algorithms import MAPPOConfig
 from echelon.checkpoints import checkpoints_of, load_checkpoint
 from echelon.cli import main
@@ -33,6 +34,7 @@ from echelon.configs import RunConfig, read_toml
 from echelon.console import Watch, results_rows
 from echelon.evaluation.speed import env_speed
 from echelon.reports.replay import load_replay
+from echelon.studies.engine import Matrix
 from echelon.training import Progress
 from tiny_model import make_tiny_model
 
@@ -152,11 +154,21 @@ MISTAKES = {
     "stray": (["train", "extra"], "Unrecognized options: extra (echelon train --help)"),
     "no-number": (["train", "--steps", "many"], "many"),
     "method": (["train", "--method", "l2m"], "unknown method 'l2m': did you mean 'l2m2'?"),
+    "method-of-a-team": (["train", "--method", "magrp"], "unknown method 'magrp': did you mean 'magrpo'?"),
+    "method-resumed": (["train", "--resume", "run", "--method", "also"], "--method can't be given with it"),
     "env": (["train", "--env", "warehose"], "unknown environment 'warehose': did you mean 'warehouse'?"),
     "env-without-name": (["train", "--env"], "--env needs a value"),
     "planner": (["train", "--planner", "hungarain", "--method", "rule-goals"], "did you mean 'hungarian'?"),
     "planner-like-a-model": (["train", "--planner", "llm-x", "--method", "rule-goals"], "unknown planner 'llm-x'"),
     "model": (["train", "--model", "smollm2"], "unknown model 'smollm2': did you mean 'smollm2-135m'?"),
+    "models-there-are": (
+        ["train", "--model", "smollm2"],
+        "known are gguf:<file>, hf:<folder>, hf:<org>/<name>, openai:<model>, smollm2-135m, smollm2-135m-echelon",
+    ),
+    "models-that-learn": (
+        ["train", "--method", "hiper", "--model", "smollm2"],
+        "known are hf:<folder>, hf:<org>/<name>, smollm2-135m, smollm2-135m-echelon",
+    ),
     "planner-model": (["train", "--planner", "llm:smollm"], "unknown model 'smollm'"),
     "model-folder": (["train", "--model", "hf:nowhere"], "no folder nowhere"),
     "cheap-planner": (["train", "--cheap-planner", "neerest"], "did you mean 'nearest'?"),
@@ -184,6 +196,14 @@ MISTAKES = {
     "no-run-named": (["evaluate"], "needs a run's folder first"),
     "resume": (["train", "--resume", "nowhere"], "nowhere is no run"),
     "replay": (["replay", "nothing.json"], "nothing.json: No such file"),
+    "replay-no-run": (["replay", "."], ". is no run: it has no config.toml"),
+    "empty-out": (["train", "--method", "rule-goals", "--out", ""], "--out is empty"),
+    "empty-out-joined": (["compare", "--methods", "rule-goals", "--out="], "--out is empty"),
+    "empty-out-replay": (["replay", ".", "--out", ""], "--out is empty"),
+    "empty-out-team": (["train", "--method", "magrpo", "--out", ""], "--out is empty"),
+    "empty-out-also": (["train", "--method", "also", "--out", ""], "--out is empty"),
+    "empty-out-planner": (["train-planner", "--out", ""], "--out is empty"),
+    "empty-out-study": (["reproduce", "--out", ""], "--out is empty"),
     "models-action": (["models", "lst"], "unknown models action 'lst': did you mean 'list'?"),
     "models-name": (["models", "fetch", "gpt"], "unknown model 'gpt'"),
     "models-remove": (["models", "remove", "smollm2-135m-echelon"], "is a part of Echelon"),
@@ -195,6 +215,9 @@ MISTAKES = {
     "check-env-flag": (["check-env", "search", "--env.num-packages", "4"], "Unrecognized options: --env.num-packages"),
     "plan-nowhere": (["plan", "nowhere"], "nowhere is no run"),
     "bench": (["bench", "--updates", "0"], "--updates is 0"),
+    "plan-team": (["plan", "--method", "magrpo"], "magrpo has a trainer of its own, echelon train --method magrpo"),
+    "plan-also": (["plan", "--method", "also"], "also has a trainer of its own, echelon train --method also"),
+    "bench-also": (["bench", "--method", "also"], "echelon bench is for other methods"),
     "plan-flat": (["plan", "--method", "flat-mappo"], "has no planner"),
     "memory": (["train", "--method", "rule-goals", "--num-envs", "100000000000"], "memory"),
 }
@@ -213,6 +236,22 @@ def test_a_map_whose_tasks_can_not_be_reached_is_one_line(place: Path, capsys: p
     Path("cut.map").write_text("type octile\nheight 8\nwidth 8\nmap\n" + "\n".join(rows) + "\n")
     line = complaint(["train", "--method", "rule-goals", *TINY, "--env.map", "cut.map"], capsys)
     assert "the cell 'P' at row 1, column 7 can't be reached" in line
+
+
+def test_a_run_of_another_kind_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """A team has no planner, a run with branches is nothing without its account: neither's method is unknown."""
+    for name, environment in (("magrpo", "writing"), ("magrpo", "warehouse"), ("also", "search")):
+        folder = Path(f"{name}-{environment}")
+        folder.mkdir()
+        (folder / "config.toml").write_text(f'environment = "{environment}"\nmethod = "{name}"\n')
+        line = complaint(["plan", str(folder)], capsys)
+        config = complaint(["plan", "--config", str(folder / "config.toml")], capsys)
+        assert f"{name} has a trainer of its own" in config
+        if name == "also":
+            assert "its account.json is missing" in line
+            assert line == complaint(["evaluate", str(folder)], capsys)
+        else:
+            assert f"{folder} is a run of a team of language models (magrpo), which has no planner" in line
 
 
 def test_an_unknown_key_in_a_config_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -603,7 +642,7 @@ def test_without_a_network_the_first_use_of_a_model_is_one_line(capsys: pytest.C
 
 def surroundings() -> dict[str, str]:
     """A user's environment variables, whatever those of the tests are."""
-    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path(echelon.__file__).parents[1])}
+    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONPATH": str(Path(echelon.__file__).parents[1])}
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | own
 
 
@@ -634,17 +673,19 @@ LONG = ["--method", "rule-goals", *WORLD, *LEARN, "--eval-episodes", "2"]
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(number: int, status: int, place: Path) -> None:
     """Ctrl-C or SIGTERM in the middle of training: the work is saved; resumed, the run is as never stopped."""
-    process = start("train", *LONG, "--steps", "6400000", "--out", "run")
-    until(lambda: lines_of(Path("run/metrics.jsonl")) >= 3)
+    # A folder whose name a shell would split, and rich would wrap, in a log.
+    name = "run" if number == signal.SIGINT else f"stop ü 中 {'x' * 90}"
+    process = start("train", *LONG, "--steps", "6400000", "--out", name)
+    until(lambda: lines_of(Path(name) / "metrics.jsonl") >= 3)
     process.send_signal(number)
     _, err = process.communicate(timeout=240)
     assert process.returncode == status
     assert "Traceback" not in err and "stopping at the next safe point (again: at once)" in err
-    step = int(
-        re.search(r"stopped at step ([\d,]+); go on with: echelon train --resume run\n", err)[1].replace(",", "")
-    )
-    (saved,) = checkpoints_of(Path("run/checkpoints"))
-    assert load_checkpoint(saved).progress["step"] == step and lines_of(Path("run/metrics.jsonl")) == step // 64
+    found = re.search(r"stopped at step ([\d,]+); go on with: (.*)\n", err)
+    assert found is not None and shlex.split(found[2]) == ["echelon", "train", "--resume", name]
+    step = int(found[1].replace(",", ""))
+    (saved,) = checkpoints_of(Path(name) / "checkpoints")
+    assert load_checkpoint(saved).progress["step"] == step and lines_of(Path(name) / "metrics.jsonl") == step // 64
     if number == signal.SIGINT:
         # As a run that was always meant to be so long, and never stopped.
         config = Path("run/config.toml")
@@ -751,6 +792,25 @@ def test_on_a_terminal_there_is_a_live_display(monkeypatch: pytest.MonkeyPatch) 
         watch.end("l2m2")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     assert re.search(r"l2m2 .* 25%\s+1,234 steps/s +TSR - +\[step 25% update 75%\]", text)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_studys_progress_is_counted_once(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many runs are done stands there once, on a terminal and in a log."""
+    now, shown = [0.0], io.StringIO()
+    monkeypatch.setattr("echelon.console.time.monotonic", lambda: now[0])
+    own = Console(file=shown, force_terminal=live, width=160, color_system=None)
+    monkeypatch.setattr("echelon.console.console", own)
+    matrix = Matrix(28, 6, {"x": "why"}, {"a-1": None, "b-2": None})
+    with Watch() as watch:
+        now[0] = 61.0
+        watch.show("quick", 7, 28, cli_studies._words(matrix), counted=True)
+        if live:
+            watch._bars.refresh()
+        watch.end("quick")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert re.search(r"quick.* 7 of 28 runs, 2 running, 1 failed\s", text)
+    assert live or text == "quick: 7 of 28 runs, 2 running, 1 failed\n"
 
 
 def test_a_narrow_terminal_shows_speed_success_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echelon import cli_teams
 from echelon.algorithms import MAREINFORCEConfig
 from echelon.algorithms.teams import team_algorithms
 from echelon.cli import main
@@ -26,7 +27,7 @@ from echelon.llm.token_policy import TokenPolicy
 from echelon.tasks import FunctionTask, TeamTask
 from echelon.teams.configs import TeamPolicyConfig, TeamRunConfig, read_team_toml, team_to_toml
 from echelon.teams.rollouts import TeamRolloutConfig, grow, play
-from echelon.teams.training import TeamTrainer
+from echelon.teams.training import TeamProgress, TeamTrainer
 from tiny_model import make_tiny_model
 
 LETTERS = "abcdef"
@@ -255,6 +256,8 @@ def test_a_bad_reward_can_be_lived_with(model: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--method", "magrpo", "--env", "writin"], "unknown environment of a team of language models 'writin'"),
+        (["--method", "magrpo", "--env", "writng"], "known are coding, search, warehouse, writing\n"),
+        (["--method", "magrpo", "--env", "own"], "unknown environment of a team of language models 'own'"),
         (["--method", "magrpo", "--rollout.grup", "2"], "did you mean --rollout.group?"),
         (["--method", "magrpo", "--rollout.group", "0"], "rollout.group is 0: it must be at least 1"),
         (
@@ -314,6 +317,13 @@ def test_a_run_killed_just_before_its_first_checkpoint_begins_again(model: str, 
     (run / "metrics.jsonl").write_text(first)
     assert TeamTrainer.resume(run, task=make_task()).run()
     assert told(run) == told(tmp_path / "whole")
+
+
+def test_a_progress_line_says_only_what_there_is() -> None:
+    first = TeamProgress(0, 1, {}, {"return": -6.8}, {})
+    assert cli_teams._words(first) == "updates, evaluated -6.800"
+    later = TeamProgress(1, 1, {"reward": 0.5}, None, {"sample": 0.75, "learn": 0.25})
+    assert cli_teams._words(later) == "updates, reward 0.500 [sample 75% learn 25%]"
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -133,10 +134,12 @@ class _TrainFlags(AfterTraining):
 
 
 def _train(args: list[str]) -> int:
-    from echelon.console import Stopper, Watch, console, evaluate_trained
+    from echelon.console import Stopper, Watch, console, evaluate_trained, resuming
     from echelon.runs import read_run
     from echelon.training import Trainer
 
+    if peek(args, "--resume") is not None and peek(args, "--method") is not None:
+        refuse_beside_resume({"--method"})
     _require_one_kind(args)
     if cli_teams.trains_a_team(args):
         return cli_teams.train_team(args)
@@ -172,7 +175,7 @@ def _train(args: list[str]) -> int:
                 record=flags.replay_episodes,
             )  # fmt: skip
     if stopper():
-        console.print(f"stopped at step {trainer.step:,}; go on with: echelon train --resume {folder}")
+        console.print(f"stopped at step {trainer.step:,}; go on with: {resuming(folder)}")
         return 128 + stopper.signal
     console.print(f"run folder: {folder}")
     return 0
@@ -362,8 +365,11 @@ def _replay(args: list[str]) -> int:
             return 0  # it hasn't been evaluated yet
     if source.is_dir():
         found = sorted((source / "replays").glob("*.json"), key=lambda p: p.stat().st_mtime)
+        if not found and not (source / "config.toml").exists():
+            raise EchelonError(f"{source} is no run: it has no config.toml")
         if not found:
-            raise EchelonError(f"{source} has no replay: make one with echelon evaluate {source} --replay-episodes 3")
+            command = shlex.join(["echelon", "evaluate", str(source), "--replay-episodes", "3"])
+            raise EchelonError(f"{source} has no replay: make one with {command}")
         source = found[-1]
     page = flags.out or source.with_suffix(".html")
     write_replay(page, load_replay(source))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from echelon.algorithms.teams import team_algorithms
 from echelon.also.configs import ALSO_METHODS, AlsoConfig, also_from_toml, read_also_toml
 from echelon.configs import read_toml_file
 from echelon.envs import env_name, environments
@@ -33,7 +34,7 @@ def trains_also(args: list[str]) -> bool:
         return is_also_run(Path(resumed))
     if wanted is not None:
         if wanted not in ALSO_METHODS and wanted not in methods():
-            raise unknown_name("method", wanted, [*methods(), *ALSO_METHODS])
+            raise unknown_name("method", wanted, [*methods(), *ALSO_METHODS, *team_algorithms()])
         return wanted in ALSO_METHODS
     return file is not None and _is_also_config(Path(file))
 
@@ -90,7 +91,7 @@ def _values(args: list[str], flag: str) -> list[str]:
 def train_also(args: list[str]) -> int:
     """`echelon train --method also --base qmix --env search …`."""
     from echelon.also import AlsoTrainer
-    from echelon.console import Stopper, Watch, console, evaluate_trained
+    from echelon.console import Stopper, Watch, console, evaluate_trained, resuming
     from echelon.reports.account import write_account
     from echelon.runs import read_run
 
@@ -128,7 +129,7 @@ def train_also(args: list[str]) -> int:
                 record=flags.replay_episodes,
             )  # fmt: skip
     if stopper():
-        console.print(f"stopped; go on with: echelon train --resume {folder}")
+        console.print(f"stopped; go on with: {resuming(folder)}")
         return 128 + stopper.signal
     console.print(f"account of diagnoses, proposals, branches and verdicts: {page}")
     console.print(f"run folder: {folder} (what was trained: {folder / 'main'})")

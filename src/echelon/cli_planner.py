@@ -75,14 +75,14 @@ def train_planner(args: list[str]) -> int:
     if not finished:
         again = [*args, *([] if flags.out else ["--out", str(folder)])]
         console.print(f"stopped in {trainer.stage} at {trainer.step}; go on with:")
-        console.print(f"  {shlex.join(['echelon', 'train-planner', *again])}", soft_wrap=True)
+        console.print(f"  {shlex.join(['echelon', 'train-planner', *again])}")
         return 128 + stopper.signal
     planner = folder / "planner"
     if not planner.is_dir():  # killed between the last checkpoint and this
         trainer.save_planner(planner)
-    console.print(f"done in {trainer.seconds:,.0f} s; to plan with it, or to train executors under it:", soft_wrap=True)
+    console.print(f"done in {trainer.seconds:,.0f} s; to plan with it, or to train executors under it:")
     for command in ("plan", "train"):
-        console.print(f"  {shlex.join(['echelon', command, '--model', f'hf:{planner}'])}", soft_wrap=True)
+        console.print(f"  {shlex.join(['echelon', command, '--model', f'hf:{planner}'])}")
     print(planner)
     return 0
 

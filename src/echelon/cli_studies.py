@@ -199,7 +199,8 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
                     console.print(line)
                 for name in shown - set(matrix.running):
                     watch.end(_short(name))
-                watch.show(study.name, matrix.finished + len(matrix.failed), matrix.total, _words(matrix))
+                done = matrix.finished + len(matrix.failed)
+                watch.show(study.name, done, matrix.total, _words(matrix), counted=True)
                 for name, told in matrix.running.items():
                     if told is not None:
                         watch.show(_short(name), told["done"], told["total"], f"{told['stage']} {told['info']}")
@@ -214,7 +215,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     if stopper() and "pending" in states:
         done = states.count("finished")
         left = f"stopped with {done} of {len(states)} runs finished"
-        console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
+        console.print(f"{left}; the same command goes on: {command}")
         return 128 + stopper.signal
     analysis = analyse(results)
     _summary(analysis, results)
@@ -222,7 +223,7 @@ def _run(study: Study, flags: _StudyFlags, command: str) -> int:
     print(_write(results, analysis, folder, replays=replays_of(study, folder), accounts=accounts))
     if "pending" in states:
         left = f"{states.count('pending')} of {len(states)} runs are not done"
-        console.print(f"{left}; the same command goes on: {command}", soft_wrap=True)
+        console.print(f"{left}; the same command goes on: {command}")
     return 0 if set(states) == {"finished"} else 1
 
 
@@ -282,9 +283,9 @@ def _short(name: str) -> str:
 
 
 def _words(matrix: Matrix) -> str:
+    """What a progress line says after the number of runs that are done."""
     left = f", about {_time(matrix.seconds_left)} left" if matrix.seconds_left else ""
-    parts = f"{matrix.finished} done, {len(matrix.running)} running, {len(matrix.failed)} failed"
-    return f"{parts} of {matrix.total} runs{left}"
+    return f"runs, {len(matrix.running)} running, {len(matrix.failed)} failed{left}"
 
 
 def _time(seconds: float) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from echelon.algorithms.teams import team_algorithms
 from echelon.configs import read_toml_file
@@ -14,8 +14,11 @@ from echelon.envs import environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.fetching import ensure_local
 from echelon.flags import given_flags, parse, peek, refuse_beside_resume, run_and_own, take
-from echelon.tasks import task_name, tasks
+from echelon.tasks import TaskSettings, task_name, tasks
 from echelon.teams.configs import TeamRunConfig, read_team_toml, team_from_toml
+
+if TYPE_CHECKING:
+    from echelon.teams.training import TeamProgress
 
 __all__ = ["evaluate_team", "is_team_run", "train_team", "trains_a_team"]
 
@@ -31,7 +34,12 @@ def trains_a_team(args: list[str]) -> bool:
         return True
     if file is not None:
         return wanted is None and _is_team_config(Path(file))
-    return peek(args, "--env") in tasks().keys() - environments().keys()
+    return peek(args, "--env") in _tasks().keys() - environments().keys()
+
+
+def _tasks() -> dict[str, type[TaskSettings]]:
+    """The tasks that a command can train on: all but the one that stands for an object of Python's."""
+    return {name: settings for name, settings in tasks().items() if name != "own"}
 
 
 def is_team_run(folder: Path) -> bool:
@@ -47,7 +55,7 @@ def team_flags(
     command: str, args: list[str], extra: type[T], *, base: TeamRunConfig | None = None
 ) -> tuple[TeamRunConfig, T]:
     """The run that the flags describe, over --config's file or `base`, and the command's own flags (`extra`)."""
-    file, name, known = take(args, "--config"), take(args, "--env"), tasks()
+    file, name, known = take(args, "--config"), take(args, "--env"), _tasks()
     if name is not None and name not in known:
         raise unknown_name("environment of a team of language models", name, known)
     if file is not None:
@@ -64,7 +72,7 @@ def team_flags(
             raise unknown_name("method of a team of language models", wanted, team_algorithms())
         base = dataclasses.replace(base, method=wanted, algorithm=cast(Any, None))
     note = (
-        f"--env NAME picks the task ({', '.join(n for n in known if n != 'own')}), --config FILE reads a run's "
+        f"--env NAME picks the task ({', '.join(known)}), --config FILE reads a run's "
         f"config.toml first; other flags go over it. Methods: {', '.join(team_algorithms())}."
     )
     tables = {"env": type(env), "algorithm": type(base.algorithm)}
@@ -83,9 +91,9 @@ class _TrainFlags:
 
 def train_team(args: list[str]) -> int:
     """`echelon train --method magrpo --env writing …`."""
-    from echelon.console import Stopper, Watch, console
+    from echelon.console import Stopper, Watch, console, resuming
     from echelon.reports.dialogues import write_dialogues
-    from echelon.teams.training import TeamProgress, TeamTrainer
+    from echelon.teams.training import TeamTrainer
 
     given = given_flags(args)
     resumed = peek(args, "--resume")
@@ -111,22 +119,30 @@ def train_team(args: list[str]) -> int:
                 watch.show("imitation", done, total, f"updates, loss {p.metrics['loss']:.3f}")
                 return
             watch.end("imitation")
-            where = " ".join(f"{stage} {share:.0%}" for stage, share in p.shares.items())
-            judged = "" if p.evaluation is None else f", evaluated {p.evaluation.get('return', float('nan')):.3f}"
-            reward = f"reward {p.metrics['reward']:.3f}" if "reward" in p.metrics else ""
-            watch.show(run.method, p.update, p.updates, f"updates, {reward}{judged} [{where}]")
+            watch.show(run.method, p.update, p.updates, _words(p))
 
         finished = trainer.run(told, stopper)
         watch.end(run.method)
     page = write_dialogues(folder)
     if not finished:
-        console.print(f"stopped at update {trainer.update}; go on with: echelon train --resume {folder}")
+        console.print(f"stopped at update {trainer.update}; go on with: {resuming(folder)}")
         return 128 + stopper.signal
     if trainer.evaluation is not None and "return" in trainer.evaluation:
         console.print(f"return on items kept for evaluation: {trainer.evaluation['return']:.3f}")
     console.print(f"dialogues: {page}")
     console.print(f"run folder: {folder}")
     return 0
+
+
+def _words(p: TeamProgress) -> str:
+    """What a progress line says after the number of updates: before the first one there is no reward yet."""
+    parts = ["updates"]
+    if "reward" in p.metrics:
+        parts.append(f"reward {p.metrics['reward']:.3f}")
+    if p.evaluation is not None:
+        parts.append(f"evaluated {p.evaluation.get('return', float('nan')):.3f}")
+    where = " ".join(f"{stage} {share:.0%}" for stage, share in p.shares.items())
+    return ", ".join(parts) + (f" [{where}]" if where else "")
 
 
 def _default_folder(run: TeamRunConfig) -> Path:

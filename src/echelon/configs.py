@@ -163,7 +163,7 @@ class RunConfig:
     """Share of the worlds (at least one) that the language model plans while executors learn; default: all, or 1/64
     where the model writes its plans, which costs a call each. The other worlds are planned by cheap_planner."""
     cheap_planner: str = ""
-    """Who plans the worlds that the language model doesn't; l2m2-qmix: random unless given."""
+    """Who plans the worlds that the language model doesn't."""
     collision_cost: float = 0.05
     """Reward taken from an executor for each move that another agent prevented (a delivered package is worth 1, a
     reached subgoal too)."""
@@ -423,6 +423,9 @@ def typed(cls: type[Any], table: dict[str, Any], where: str, others: Sequence[st
     return values
 
 
+_IN_WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
@@ -438,6 +441,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if option in (int, str, bool) and type(value) is option:
             return value
-    names = ["a list" if typing.get_origin(o) is tuple else getattr(o, "__name__", str(o)) for o in options]
-    wanted = " or ".join(name for name in names if name != "NoneType")
+    names = ["a list" if typing.get_origin(o) is tuple else _IN_WORDS.get(o, str(o)) for o in options]
+    wanted = " or ".join(name for name, option in zip(names, options, strict=True) if option is not type(None))
     raise EchelonError(f"{where} is {value!r}: it must be {wanted}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -19,11 +20,25 @@ from echelon.configs import RunConfig
 from echelon.llm.server import hurry
 from echelon.training import Progress as TrainingProgress
 
-__all__ = ["Stopper", "Watch", "console", "evaluate_trained", "results_rows", "results_table"]
+__all__ = ["Stopper", "Watch", "console", "evaluate_trained", "results_rows", "results_table", "resuming"]
 
-console = Console(stderr=True, highlight=False, markup=False)
+
+class _Console(Console):
+    """Leaves it to the terminal to wrap a plain line: a path or a command in it must not be broken in a log."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        options.setdefault("soft_wrap", True if all(isinstance(o, str) for o in objects) else None)
+        super().print(*objects, **options)
+
+
+console = _Console(stderr=True, highlight=False, markup=False)
 _PLAIN_EVERY = 60.0
 _SAME = 0.5  # seconds within which a second signal is the first once more: on a terminal torchrun passes Ctrl-C on
+
+
+def resuming(folder: Path) -> str:
+    """The command, fit for a shell, that goes on with the run in `folder`."""
+    return shlex.join(["echelon", "train", "--resume", str(folder)])
 
 
 class Stopper:
@@ -86,12 +101,13 @@ class Watch:
         if self._live:
             self._bars.stop()
 
-    def show(self, what: str, done: float, total: float, info: str = "") -> None:
-        """Show that `done` of `total` of `what` is done."""
+    def show(self, what: str, done: float, total: float, info: str = "", *, counted: bool = False) -> None:
+        """Show that `done` of `total` of `what` is done; `counted`: with these numbers beside the bar, too."""
         if self._live:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total, info=info)
-            self._bars.update(self._tasks[what], completed=done, total=total, info=info)
+            words = f"{done:,.0f} of {total:,.0f} {info}" if counted else info
+            self._bars.update(self._tasks[what], completed=done, total=total, info=words)
         elif done < total and time.monotonic() - self._told >= _PLAIN_EVERY:
             self._told = time.monotonic()
             console.print(f"{what}: {done:,.0f} of {total:,.0f} {info}".rstrip())

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from echelon.also.configs import AlsoConfig
 from echelon.configs import RunConfig
+from echelon.errors import unknown_name
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
 from echelon.methods import method
 
 __all__ = ["ensure_local", "ensure_model", "ensure_proposer", "ensure_spec", "fetch"]
+
+_ELSEWHERE = ("openai:", "gguf:")
 
 
 def ensure_model(run: RunConfig) -> None:
@@ -29,7 +32,11 @@ def ensure_model(run: RunConfig) -> None:
     for planner in (run.planner, run.cheap_planner):
         if planner is not None and planner != "llm" and not planner.startswith("llm:"):
             make_rule_planner(planner)
-    ensure_spec(run.model_spec, run.server, run.gguf)
+    kind = method(run.method)
+    if (kind.learner or kind.executor == "model") and not run.model_spec.startswith(_ELSEWHERE):
+        ensure_local(run.model_spec)  # one that only writes is of no use to it
+    else:
+        ensure_spec(run.model_spec, run.server, run.gguf)
 
 
 def ensure_spec(spec: str, server: ServerConfig, gguf: GGUFConfig) -> None:
@@ -53,7 +60,7 @@ def ensure_spec(spec: str, server: ServerConfig, gguf: GGUFConfig) -> None:
         if name in KNOWN_MODELS and not ModelStore().has_gguf(name):
             fetch(name, force=False, source=None, gguf=True, convert=False)
     else:
-        ensure_local(spec)
+        ensure_local(spec, "gguf:<file>", "openai:<model>")
 
 
 def ensure_proposer(run: AlsoConfig) -> None:
@@ -68,15 +75,26 @@ def ensure_proposer(run: AlsoConfig) -> None:
         make_proposer(run.proposer)
 
 
-def ensure_local(spec: str) -> None:
+def ensure_local(spec: str, *others: str) -> None:
     """Make sure that a model which is loaded into this process is there: fetch a known one once.
+
+    Args:
+        spec: its name, as in `--model`.
+        others: what else would have been right, for the error.
 
     Raises:
         EchelonError: an unknown name, no network.
     """
     from echelon.llm import ModelStore
+    from echelon.llm.store import SHIPPED_PLANNERS, untouched
 
-    if not spec.startswith("hf:") and ModelStore().status(spec).state == "absent":
+    if spec.startswith("hf:"):
+        return
+    store = ModelStore()
+    if untouched(spec) not in store.known:
+        names = (*store.known, *SHIPPED_PLANNERS, "hf:<folder>", "hf:<org>/<name>")
+        raise unknown_name("model", spec, (*names, *others))
+    if store.status(spec).state == "absent":
         fetch(spec, force=False, source=None)
 
 

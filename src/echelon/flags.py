@@ -29,11 +29,12 @@ from tyro.constructors import (
 )
 
 from echelon.algorithms.teams import team_algorithms
-from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml
+from echelon.also.configs import ALSO_METHODS
+from echelon.configs import PLAIN_TABLES, RunConfig, from_toml, read_toml, read_toml_file
 from echelon.envs import GridConfig, environments
 from echelon.errors import EchelonError, unknown_name
 from echelon.methods import methods
-from echelon.runs import trained_folder
+from echelon.runs import ACCOUNT, trained_folder
 from echelon.subgoals import SubgoalConfig
 
 __all__ = [
@@ -57,6 +58,8 @@ C = TypeVar("C")
 
 def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
     """Parse flags into a dataclass; what tyro has to say against them becomes one line."""
+    if peek(args, "--out") == "":
+        raise EchelonError("--out is empty: it must name a folder or file to write")
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -165,7 +168,7 @@ def take(args: list[str], flag: str) -> str | None:
     return None
 
 
-def peek(args: list[str], flag: str) -> str | None:
+def peek(args: Sequence[str], flag: str) -> str | None:
     """What `flag VALUE` (or `flag=VALUE`) says last; `args` stay as they are."""
     found = None
     for i, arg in enumerate(args):
@@ -194,6 +197,15 @@ def refuse_teams(names: Iterable[object]) -> None:
             raise EchelonError(
                 f"{name} has a trainer of its own, echelon train --method {name}: it can't be compared or studied"
             )
+
+
+def _refuse_own_trainer(command: str, name: object) -> None:
+    """Refuse a method whose settings are not those of an ordinary run, rather than call it unknown."""
+    if str(name) in (*team_algorithms(), *ALSO_METHODS):
+        raise EchelonError(
+            f"{name} has a trainer of its own, echelon train --method {name}: "
+            f"echelon {command.split()[0]} is for other methods"
+        )
 
 
 def at_least(least: int, **values: int) -> None:
@@ -227,6 +239,7 @@ def run_flags(
     """
     file, name = take(args, "--config"), take(args, "--env")
     if file is not None:
+        _refuse_own_trainer(command, read_toml_file(Path(file), "config").get("method"))
         base = read_toml(Path(file))
     elif base is None:
         base = from_toml({**(preset or {}), "environment": name or "warehouse"})
@@ -235,6 +248,7 @@ def run_flags(
         raise unknown_name("environment", name, known)
     env = base.env if name is None or type(base.env) is known[name] else known[name]()
     if (wanted := peek(args, "--method")) is not None:
+        _refuse_own_trainer(command, wanted)
         # A method brings the settings of its algorithm, which are then flags.
         base = base.with_method(wanted)
     tables = {"env": type(env), "subgoals": SubgoalConfig, "algorithm": type(base.algorithm), **PLAIN_TABLES}
@@ -302,4 +316,9 @@ def run_folder(args: list[str], command: str) -> tuple[Path, RunConfig | None]:
     folder = trained_folder(folder)
     if not (folder / "config.toml").exists():
         raise EchelonError(f"{folder} is no run: it has no config.toml")
+    kind = str(read_toml_file(folder / "config.toml", "config").get("method"))
+    if kind in team_algorithms():
+        raise EchelonError(f"{folder} is a run of a team of language models ({kind}), which has no planner")
+    if kind in ALSO_METHODS:
+        raise EchelonError(f"{folder} is a run of {kind}, but its {ACCOUNT} is missing: without that it can't be used")
     return folder, read_toml(folder / "config.toml")

@@ -408,7 +408,7 @@ class ModelStore:
     def _model(self, name: str) -> KnownModel:
         if untouched(name) not in self.known:
             planners = [p.name for p in SHIPPED_PLANNERS.values() if p.base in self.known]
-            raise unknown_name("model", name, [*self.known, *planners, "hf:<folder>"])
+            raise unknown_name("model", name, [*self.known, *planners, "hf:<folder>", "hf:<org>/<name>"])
         return self.known[untouched(name)]
 
     def _damaged(self, name: str, detail: str) -> EchelonError:
