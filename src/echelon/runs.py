@@ -19,8 +19,8 @@ from echelon.configs import RunConfig, read_toml
 from echelon.errors import EchelonError
 from echelon.methods import method
 
-__all__ = ["ACCOUNT", "FORK", "PLANNER", "load_policy", "processor", "read_run", "run_costs", "segments_seconds",
-           "steps_done", "trained_folder", "versions"]  # fmt: skip
+__all__ = ["ACCOUNT", "FORK", "PLANNER", "SEGMENTS", "load_policy", "processor", "read_run", "run_costs",
+           "segments_seconds", "steps_done", "trained_folder", "versions"]  # fmt: skip
 
 
 ACCOUNT = "account.json"
@@ -29,6 +29,8 @@ FORK = "fork.json"
 """The file of a run's folder that says which run it goes on from."""
 PLANNER = "planner"
 """The folder of a run's folder that holds its planner, where that learns."""
+SEGMENTS = Path("work", "runs")
+"""Where, in the folder of a run whose shaping grew with it, all stretches of its training are."""
 
 
 def load_policy(folder: Path) -> tuple[RunConfig, dict[str, torch.Tensor] | None]:
@@ -71,9 +73,9 @@ def run_costs(folder: Path) -> dict[str, float | None]:
     model = progress.get("model", {})
     reached: dict[str, float | None] = {"steps_to_tsr_90": None, "steps_to_tsr_90_is_bound": False}
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        reached = _steps_to_success(logged / "metrics.jsonl", 0.9, max(50, read_run(folder).own_worlds))
-        if shaped and (step := reached["steps_to_tsr_90"]) is not None:
-            reached = _spent(logged / ACCOUNT, step)
+        found = _steps_to_success(logged / "metrics.jsonl", 0.9, max(50, read_run(folder).own_worlds))
+        step = found["steps_to_tsr_90"]
+        reached = _spent(logged / ACCOUNT, step) if shaped and step is not None else found
     return {
         "training_seconds": segments_seconds(logged) if shaped else progress["seconds"],
         "training_model_calls": model.get("calls", 0),
@@ -85,7 +87,7 @@ def run_costs(folder: Path) -> dict[str, float | None]:
 
 def segments_seconds(folder: Path) -> float:
     """Seconds of training of all segments that are done in a folder whose shaping grew with the run."""
-    runs = folder / "work" / "runs"
+    runs = folder / SEGMENTS
     done = {path.parent.name: read_json(path, "result")["training_seconds"] for path in runs.glob("*/result.json")}
     # A fork's seconds go on from its source's.
     forks = [read_json(runs / name / FORK, "fork")["source"] for name in done if (runs / name / FORK).exists()]

@@ -24,6 +24,7 @@ from echelon.errors import BusyError
 from echelon.evaluation.protocol import BEST, POLICIES, Protocol
 from echelon.forking import fork_run
 from echelon.rng import spawn_keys
+from echelon.runs import SEGMENTS
 from echelon.shaping import ShapingConfig
 from echelon.studies.backends import PoolBackend, cores
 from echelon.studies.engine import Matrix, do_runs, kept_result
@@ -31,7 +32,6 @@ from echelon.studies.spec import Study, StudyRun
 
 __all__ = ["Grown", "Progress", "Segment", "Segments", "StoppedError"]
 
-_WORK = "work"  # the study engine's folder
 _FRESH = 65  # streams of root seeds
 _KEPT = ("config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "plans.jsonl", "checkpoints")
 
@@ -163,7 +163,7 @@ class Segments:
             report(done, len(matrix.running), tuple(line for line in matrix.news if ": finished" not in line))
 
         do_runs(
-            self._study, runs, self._folder / _WORK, self._backend, retry_failed=retry_failed, report=told,
+            self._study, runs, self._folder / SEGMENTS.parent, self._backend, retry_failed=retry_failed, report=told,
             should_stop=should_stop,
         )  # fmt: skip
         return [self._grown(s, should_stop) for s in segments]
@@ -221,7 +221,7 @@ class Segments:
 
     def place(self, name: str) -> str:
         """The same, in the run's folder."""
-        return f"{_WORK}/runs/{name}"
+        return (SEGMENTS / name).as_posix()
 
 
 def _seed(seed: int, stream: int) -> int:

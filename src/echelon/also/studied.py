@@ -41,7 +41,7 @@ from echelon.evaluation.protocol import (
 )
 from echelon.llm.gguf import GGUFConfig
 from echelon.llm.server import ServerConfig
-from echelon.runs import FORK, load_policy, segments_seconds, steps_done, trained_folder
+from echelon.runs import FORK, SEGMENTS, load_policy, segments_seconds, steps_done, trained_folder
 from echelon.shaping import ShapingSettings, needs_model
 from echelon.studies.costs import Cost, estimate
 from echelon.studies.engine import kept_result
@@ -116,7 +116,7 @@ class ShapedRuns(RunKind):
     def steps_done(self, folder: Path) -> int:
         """Steps of all segments, those under way included."""
         with contextlib.suppress(EchelonError, OSError, LookupError, TypeError, ValueError):
-            return sum(_steps(segment) for segment in (folder / "work" / "runs").iterdir())
+            return sum(_steps(segment) for segment in (folder / SEGMENTS).iterdir())
         return 0  # nothing yet; what is damaged, the run itself will tell
 
     def execute(
@@ -163,7 +163,7 @@ class ShapedRuns(RunKind):
 
     def tidy(self, folder: Path) -> None:
         """All checkpoints but the newest of what became of the mainline, and all policies on the way to it."""
-        segments = folder / "work" / "runs"
+        segments = folder / SEGMENTS
         spent = checkpoints_of(trained_folder(folder) / "checkpoints")[:-1]
         for old in [*segments.glob("*/checkpoints"), *segments.glob(f"*/{POLICIES}"), *spent]:
             shutil.rmtree(old, ignore_errors=True)
@@ -225,7 +225,7 @@ def _steps(segment: Path) -> int:
 
 def _work_done(folder: Path) -> tuple[int, float, float]:
     """Of all segments that could be trained: their steps, and the seconds of training and of evaluating."""
-    found = {path.parent: read_json(path, "result") for path in (folder / "work" / "runs").glob("*/result.json")}
+    found = {path.parent: read_json(path, "result") for path in (folder / SEGMENTS).glob("*/result.json")}
     evaluating = sum(result["evaluation_seconds"] for result in found.values())
     return sum(map(_steps, found)), segments_seconds(folder), evaluating
 

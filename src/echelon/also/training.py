@@ -415,7 +415,7 @@ class AlsoTrainer:
         proposer = self.proposer
         assert proposer is not None
         self._check_stop()
-        self._show(f"{name}: {proposer.name}: {what}")
+        self._show(f"{name}: {proposer.name} {what}s")
         try:
             said = getattr(proposer, what)(*args)
             _require(said, kind)

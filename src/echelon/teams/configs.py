@@ -137,7 +137,8 @@ def team_from_toml(data: dict[str, Any], source: str = "config") -> TeamRunConfi
     name, kind = str(data.pop("environment", "writing")), str(data.get("method", TeamRunConfig.method))
     known, algorithms = tasks(), team_algorithms()
     if name not in known:
-        raise unknown_name("environment of a team of language models", name, known)
+        told = [name for name in known if name != "own"]  # that one is for Python
+        raise unknown_name("environment of a team of language models", name, told)
     if kind not in algorithms:
         raise unknown_name("method of a team of language models", kind, algorithms)
     values: dict[str, Any] = {}
